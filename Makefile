@@ -1,0 +1,52 @@
+# The guide's commands; `make` alone lists them. For GNU make 3.81 (macOS) and newer.
+
+# Which Python makes .venv: make setup PYTHON=python3.12
+PYTHON ?= python3
+# Passed on to JupyterLab: make lab LAB_FLAGS="--no-browser --port 8899"
+LAB_FLAGS ?=
+# Passed on to pytest, whose other options are in pyproject.toml. Without loadfile, a notebook's
+# cells would be spread over the processes.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+
+VENV_PYTHON := .venv/bin/python
+# Keeps the files of Jupyter, IPython and Matplotlib inside the clone.
+RUN := $(VENV_PYTHON) tools/lab.py --
+
+FIND_PYTHON = command -v $(firstword $(PYTHON)) >/dev/null || { \
+	echo "Found no command $(firstword $(PYTHON)), expected Python" \
+	"$$(sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml): install one and name it," \
+	"for example: make setup PYTHON=/opt/python/bin/python3" >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test lint bench notebooks lock clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Make .venv and install everything into it; nothing to do the second time
+	@$(VENV_PYTHON) tools/set_up.py --check 2>/dev/null || { $(FIND_PYTHON); $(PYTHON) tools/set_up.py; }
+
+lab: setup ## Open the guide in JupyterLab
+	@$(VENV_PYTHON) tools/lab.py $(LAB_FLAGS)
+
+test: lint ## Run every check and every test, notebooks and browser included
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+lint: setup ## Run the checks that execute nothing: ruff and mypy
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m mypy
+
+bench: setup ## Measure the guide against the bare libraries
+	$(RUN) -m benchmarks
+
+notebooks: setup ## Execute every notebook again and store its outputs
+	$(RUN) tools/notebooks.py
+
+lock: ## Write constraints.txt anew from pyproject.toml
+	@$(FIND_PYTHON)
+	$(PYTHON) tools/lock.py
+
+clean: ## Remove .venv and everything else that these commands made in this folder
+	rm -rf .venv .jupyter .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
