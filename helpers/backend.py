@@ -1,0 +1,154 @@
+"""Which FlashAttention runs on this machine, and switching it on.
+
+Transformers decides by itself between the ``flash_attn`` package and the prebuilt kernel that the
+``kernels`` library downloads. Where neither can run, the reference kernel takes the place of the
+download, through the documented ``LOCAL_KERNELS`` override of the ``kernels`` library. No function
+of any library is replaced.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+BackendName = Literal["flash_attn", "hub-kernel", "reference"]
+
+KERNEL_FOLDER = Path(__file__).parent / "reference_kernel"
+FORCE = "DTYPE_GUIDE_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes ``flash_attention_2`` here, on which device; ``str()`` says it on screen."""
+
+    name: BackendName
+    device: Literal["cuda", "cpu"]
+    why: str
+
+    def __str__(self) -> str:
+        if self.name == "reference":
+            return (
+                f"{self.why}: the reference kernel makes FlashAttention-2's checks, with its"
+                " messages, and computes with PyTorch on the CPU."
+                " Its speed and memory are not FlashAttention's."
+            )
+        return f"FlashAttention-2 itself runs here: {self.why}."
+
+
+def activate() -> Backend:
+    """Make ``attn_implementation="flash_attention_2"`` work in this process; call it as often as
+    you like.
+
+    On a machine without a usable FlashAttention this sets ``LOCAL_KERNELS`` (read by the
+    ``kernels`` library when a model is loaded), and nothing else.
+
+    Raises:
+        RuntimeError: the process tried to load FlashAttention before and failed, which Transformers
+            does not recover from; or the override cannot name the kernel's folder.
+    """
+    backend = detect()
+    _refuse_after_failed_load()
+    if backend.name == "reference":
+        os.environ["LOCAL_KERNELS"] = override(
+            kernel_repository(),
+            kernel_path(str(KERNEL_FOLDER), str(Path.cwd())),
+            os.environ.get("LOCAL_KERNELS", ""),
+        )
+    return backend
+
+
+@functools.cache
+def detect() -> Backend:
+    """Find the backend without switching it on.
+
+    The environment variable ``DTYPE_GUIDE_BACKEND=reference`` chooses the reference kernel on a
+    machine that could do better; the tests that compare stored outputs use it.
+    """
+    import torch
+
+    forced = os.environ.get(FORCE)
+    if forced not in (None, "", "reference"):
+        raise RuntimeError(
+            f"{FORCE} is {forced!r}, but only 'reference' can be forced: unset the variable."
+        )
+    if forced or not torch.cuda.is_available():
+        return Backend("reference", "cpu", "No CUDA GPU is in use")
+
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    gpu = torch.cuda.get_device_name()
+    if is_flash_attn_2_available():
+        from importlib.metadata import version
+
+        return Backend("flash_attn", "cuda", f"flash-attn {version('flash_attn')} on {gpu}")
+    # Upstream's first check, before the dtype: "Ampere GPUs or newer" in flash_api.cpp.
+    if torch.cuda.get_device_capability() < (8, 0) and torch.version.hip is None:
+        return Backend("reference", "cpu", f"{gpu} is older than FlashAttention-2 accepts")
+    if _hub_has_kernel():
+        return Backend("hub-kernel", "cuda", f"the prebuilt {kernel_repository()} on {gpu}")
+    return Backend("reference", "cpu", f"{gpu} is here, but flash-attn and the kernel hub are not")
+
+
+def kernel_repository() -> str:
+    """The hub repository that Transformers asks for where the ``flash_attn`` package is absent.
+
+    Source: ``FLASH_ATTN_KERNEL_FALLBACK`` in transformers/modeling_flash_attention_utils.py; it is
+    another one on ROCm.
+    """
+    return str(_flash_utils().FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"])
+
+
+def kernel_path(folder: str, cwd: str, path: ModuleType = os.path) -> str:
+    """The folder as ``LOCAL_KERNELS`` can carry it.
+
+    The variable is split on ``:``, so an absolute Windows path cannot stand in it and neither can a
+    folder with a colon in its name; the path relative to ``cwd`` mostly can. ``path`` is the path
+    flavour (``ntpath`` or ``posixpath``).
+    """
+    if ":" not in folder:
+        return folder
+    try:
+        relative = str(path.relpath(folder, cwd))
+    except ValueError:  # Windows: the two are on different drives
+        relative = folder
+    if ":" in relative:
+        raise RuntimeError(
+            f"LOCAL_KERNELS is split on ':' and cannot name {folder!r} from {cwd!r}: start Python"
+            " in the folder of the guide, or move the guide to a path without a colon."
+        )
+    return relative
+
+
+def override(repository: str, path: str, current: str) -> str:
+    """``current`` value of ``LOCAL_KERNELS`` with ``repository`` pointing at ``path``."""
+    others = [e for e in current.split(":") if e and not e.startswith(f"{repository}=")]
+    return ":".join([*others, f"{repository}={path}"])
+
+
+def _hub_has_kernel() -> bool:
+    import kernels
+
+    utils, repository = _flash_utils(), kernel_repository()
+    try:
+        return bool(
+            kernels.has_kernel(repository, version=utils.FLASH_ATTN_KERNEL_VERSIONS[repository])
+        )
+    except Exception:  # no network shows as many types, from httpx to huggingface_hub
+        return False
+
+
+def _refuse_after_failed_load() -> None:
+    utils = _flash_utils()
+    if utils._loaded_implementation is not None and utils._flash_varlen_fn is None:
+        raise RuntimeError(
+            "FlashAttention failed to load earlier in this Python process, and Transformers keeps"
+            " that state: restart the kernel, then call activate() before from_pretrained."
+        )
+
+
+def _flash_utils() -> ModuleType:
+    from transformers import modeling_flash_attention_utils
+
+    return modeling_flash_attention_utils

@@ -1,0 +1,127 @@
+"""Is this machine ready for the guide? ``python -m helpers.machine`` prints it, line by line.
+
+Each line is ``[OK]`` or ``[FAIL]`` with what was found; a failure says what to do. The last line
+runs one real experiment.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from copy import copy
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+from helpers import checkpoints
+
+PROJECT = "flashattention-dtype-guide"
+PYTHON = ((3, 10), (3, 14))
+ROOM = 50 * 2**20  # six checkpoints of at most 2 MB, with room to spare
+
+
+class Check(NamedTuple):
+    """One line of the report; ``fix`` is empty where nothing is wrong."""
+
+    name: str
+    found: str
+    fix: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.fix
+
+    def __str__(self) -> str:
+        head = f"[{'OK' if self.ok else 'FAIL'}] {self.name}: {self.found}"
+        return head if self.ok else f"{head}\n       fix: {self.fix}"
+
+
+def checks() -> Iterator[Check]:
+    """All checks, cheap ones first; one that breaks does not stop the rest."""
+    yield python_version(sys.version_info[:3])
+    for requirement in requirements():
+        yield package(requirement)
+    for name, check in (
+        ("checkpoints", cache_folder),
+        ("FlashAttention here", flash_attention),
+        ("one real run", one_run),
+    ):
+        yield _guarded(name, check)
+
+
+def report() -> bool:
+    """Print every check; True if all passed."""
+    results = []
+    for check in checks():
+        print(check, flush=True)
+        results.append(check.ok)
+    print("Everything is ready." if all(results) else "Please mend the lines marked [FAIL].")
+    return all(results)
+
+
+def python_version(found: tuple[int, ...]) -> Check:
+    """Python 3.10 to 3.13."""
+    fix = "" if PYTHON[0] <= found[:2] < PYTHON[1] else "install Python 3.10 to 3.13"
+    return Check("Python", ".".join(map(str, found)), fix)
+
+
+def requirements() -> list[Requirement]:
+    """The project's own direct dependencies, from its installed metadata."""
+    try:
+        parsed = [Requirement(line) for line in requires(PROJECT) or []]
+    except PackageNotFoundError:
+        return []
+    return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def package(requirement: Requirement) -> Check:
+    """Installed, and in the range that the guide was run with."""
+    wanted = copy(requirement)
+    wanted.marker = None  # its quotes would end the quotes below
+    install = f'pip install -c constraints.txt "{wanted}"'
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return Check(requirement.name, "not installed", install)
+    fits = requirement.specifier.contains(found, prereleases=True)
+    return Check(requirement.name, found.partition("+")[0], "" if fits else install)
+
+
+def cache_folder() -> Check:
+    """The checkpoints can be made and kept."""
+    folder = checkpoints.get("bf16")
+    if checkpoints.cache() not in folder.parents:
+        way_out = f"set {checkpoints.CACHE} to a folder that can be written"
+        return Check("checkpoints", "kept for this process only", way_out)
+    free = shutil.disk_usage(folder).free
+    fix = "" if free > ROOM else f"free some space on the disk of {folder}"
+    return Check("checkpoints", "made, in the user's cache folder", fix)
+
+
+def flash_attention() -> Check:
+    """Which FlashAttention the guide uses on this machine."""
+    from helpers import backend
+
+    return Check("FlashAttention here", str(backend.activate()))
+
+
+def one_run() -> Check:
+    """Load, forward and generate once, with the dtype that works."""
+    from helpers.experiment import LoadPlan, run
+
+    outcome = run(LoadPlan(dtype="auto"))
+    fix = "" if outcome.ok and outcome.finite else "send this report with your question"
+    return Check("one real run", str(outcome), fix)
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:
+        return Check(
+            name, type(error).__name__, str(error) or "send this report with your question"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(0 if report() else 1)

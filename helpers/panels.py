@@ -1,0 +1,101 @@
+"""The explore panel: knobs to a LoadPlan, Run, and what the run measured."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from helpers import checkpoints, view
+from helpers.experiment import (
+    ATTENTION,
+    AUTOCAST,
+    DEFAULT_DTYPES,
+    DTYPES,
+    LoadPlan,
+    Outcome,
+    run,
+)
+
+SCRIPT = (Path(__file__).parent / "data" / "panel.js").read_text("utf-8")
+NOT_SET = "not set"  # a Dropdown shows nothing for the value None
+
+
+class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Choose, press Run, read. ``outcomes`` holds every outcome so far, oldest first.
+
+    What has no knob, such as ``after_load`` and ``question``, stays as in the first plan.
+    """
+
+    def __init__(self, plan: LoadPlan) -> None:
+        self.first = plan
+        self.outcomes: list[Outcome] = []
+        self.knobs = {
+            "checkpoint": _dropdown("checkpoint", checkpoints.available(), plan.checkpoint),
+            "dtype": _dropdown("dtype", DTYPES, plan.dtype),
+            "attention": _dropdown("attn_implementation", ATTENTION, plan.attention),
+            "default_dtype": _dropdown("set_default_dtype", DEFAULT_DTYPES, plan.default_dtype),
+            "autocast": _dropdown("autocast", AUTOCAST, plan.autocast),
+        }
+        self.button = widgets.Button(description="Run", button_style="primary")
+        self.button.add_class("dg-run")
+        self.button.on_click(self._run)
+        self.status = widgets.HTML(view.status_html("Ready."))
+        self.status.add_class("dg-status")
+        self.result = widgets.HTML()
+        self.history = widgets.HTML()
+        form = widgets.Box([*self.knobs.values(), self.button])
+        form.add_class("dg-form")
+        super().__init__([_page_parts(), form, self.status, self.result, self.history])
+        self.add_class("dg-panel")
+
+    def plan(self) -> LoadPlan:
+        """The plan that the knobs describe now."""
+        chosen: dict[str, Any] = {
+            name: None if knob.value == NOT_SET else knob.value for name, knob in self.knobs.items()
+        }
+        return replace(self.first, **chosen)
+
+    def _run(self, _button: Any = None) -> None:
+        # Not `disabled`, which would throw the focus out of the panel; panel.js keeps clicks off.
+        self.button.add_class("dg-busy")
+        self.status.value = view.status_html("Running ...")
+        try:
+            self.outcomes.append(run(self.plan()))
+        except (Exception, KeyboardInterrupt) as error:
+            message = view.problem(error)
+            self.result.value = view.problem_html(message)
+            self.status.value = view.status_html("Not run.", message)
+        else:
+            outcome = self.outcomes[-1]
+            self.result.value = view.outcome_html(outcome)
+            self.history.value = view.history_html(self.outcomes)
+            seen = f"Run {len(self.outcomes)} is done."
+            self.status.value = view.status_html(seen, view.spoken(outcome))
+        finally:
+            self.button.remove_class("dg-busy")
+
+    def __repr__(self) -> str:
+        return f"Explore panel with {len(self.knobs)} settings and Run; it needs a running kernel."
+
+
+def explore(plan: LoadPlan | None = None) -> ExplorePanel:
+    """The panel, set to a plan, for the last line of a notebook cell."""
+    return ExplorePanel(plan or LoadPlan())
+
+
+def _dropdown(label: str, values: Iterable[Any], value: Any) -> widgets.Dropdown:
+    # A value that is not among the known ones, such as a folder, is one more choice.
+    options = [NOT_SET if v is None else str(v) for v in dict.fromkeys([*values, value])]
+    chosen = NOT_SET if value is None else str(value)
+    return widgets.Dropdown(options=options, value=chosen, description=label)
+
+
+def _page_parts() -> widgets.Output:
+    """Style and script, which a page runs from an output and not from an HTML widget."""
+    html = f"{view.STYLE_TAG}<script>{SCRIPT}</script>"
+    output = {"output_type": "display_data", "data": {"text/html": html}, "metadata": {}}
+    parts = widgets.Output(outputs=(output,))
+    parts.add_class("dg-parts")
+    return parts

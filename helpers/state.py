@@ -1,0 +1,104 @@
+"""The state of the process that a run changes, and that is put back whatever happens inside."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+# What Transformers remembers of a FlashAttention that it loaded: it expects to find it registered.
+FLASH_GLOBALS = (
+    "_loaded_implementation",
+    "_flash_fn",
+    "_flash_varlen_fn",
+    "_flash_with_kvcache_fn",
+    "_pad_fn",
+    "_unpad_fn",
+    "_process_flash_kwargs_fn",
+    "_process_with_kvcache_kwargs_fn",
+)
+
+
+@contextlib.contextmanager
+def default_dtype(name: str | None) -> Iterator[None]:
+    """``torch.set_default_dtype`` for the block; None leaves it alone."""
+    import torch
+
+    before = torch.get_default_dtype()
+    if name is not None:
+        torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def as_before() -> Iterator[None]:
+    """Afterwards the environment, torch's random state and number of threads, and the attention
+    functions that Transformers has registered and loaded are as they were."""
+    import torch
+    from transformers import masking_utils, modeling_flash_attention_utils, modeling_utils
+
+    registries = (
+        modeling_utils.ALL_ATTENTION_FUNCTIONS,
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS,
+    )
+    mappings = [m for r in registries for m in (r._global_mapping, r._local_mapping)]
+    registered = [dict(mapping) for mapping in mappings]
+    flash = vars(modeling_flash_attention_utils)
+    loaded = {name: flash[name] for name in FLASH_GLOBALS}
+    environment = dict(os.environ)
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
+            yield
+    finally:
+        for mapping, saved in zip(mappings, registered, strict=True):
+            mapping.clear()
+            mapping.update(saved)
+        flash.update(loaded)
+        torch.set_num_threads(threads)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[tuple[list[str], list[warnings.WarningMessage]]]:
+    """Collect the libraries' log lines and warnings instead of printing them; no progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    # Messages of warning_once would stay away in the second run of a process.
+    transformers_logging.warning_once.cache_clear()
+    collector = _Collector()
+    loggers = [logging.getLogger(name) for name in ("transformers", "kernels", "peft")]
+    saved = [(x, x.level, x.handlers[:], x.propagate) for x in loggers]
+    bars = transformers_logging.set_tqdm_hook(
+        lambda _factory, args, _kwargs: transformers_logging.EmptyTqdm(*args)
+    )
+    try:
+        for logger in loggers:
+            logger.handlers, logger.propagate = [collector], False
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("default")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield collector.lines, warned
+    finally:
+        # What was heard here has not been shown to anybody.
+        transformers_logging.warning_once.cache_clear()
+        transformers_logging.set_tqdm_hook(bars)
+        for logger, level, handlers, propagate in saved:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)

@@ -1,0 +1,333 @@
+"""An Outcome as people read it: a verdict, the road of the dtype, a history; as text and as HTML.
+
+No widgets here. The HTML uses JupyterLab's theme colours, and no meaning hangs on colour alone.
+"""
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from helpers.checkpoints import CheckpointError
+from helpers.experiment import LoadPlan, Outcome, PlanError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = (Path(__file__).parent / "data" / "panel.css").read_text("utf-8")
+# A page that does not trust the notebook yet drops it, so everything has to read well without.
+STYLE_TAG = f"<style>{STYLE}</style>"
+
+State = Literal["good", "bad", "warn", "idle"]
+SYMBOL: dict[State, str] = {"good": "✔", "bad": "✖", "warn": "⚠", "idle": "·"}
+
+
+class Verdict(NamedTuple):
+    """One word and one sentence about an outcome."""
+
+    state: State
+    word: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{SYMBOL[self.state]} {self.word}: {self.sentence}"
+
+
+class Station(NamedTuple):
+    """A place on the road from the file to the gate, and the dtype that was measured there."""
+
+    name: str
+    dtype: str
+    state: State = "idle"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}"
+
+
+class Table:
+    """Rows that show as an HTML table in a notebook and as aligned text everywhere else."""
+
+    def __init__(
+        self, caption: str, heads: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> None:
+        self.caption = caption
+        self.heads = heads
+        self.rows = [[str(value) for value in row] for row in rows]
+
+    def __repr__(self) -> str:
+        lines = [list(self.heads), *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.heads))]
+        text = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.caption, *text])
+
+    def _repr_html_(self) -> str:
+        return STYLE_TAG + self.html()
+
+    def html(self) -> str:
+        """The table alone, for a page that has the style already."""
+        heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in self.heads)
+        rows = "".join(
+            f'<tr><th scope="row">{escape(first)}</th>'
+            + "".join(f"<td>{escape(value)}</td>" for value in rest)
+            + "</tr>"
+            for first, *rest in self.rows
+        )
+        return (
+            f'<table class="dg-table"><caption>{escape(self.caption)}</caption>'
+            f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+
+class Card:
+    """One outcome for the last line of a notebook cell: HTML there, text everywhere else."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    def __repr__(self) -> str:
+        lines = [str(verdict(self.outcome)), road_text(self.outcome)]
+        if self.outcome.text is not None:
+            lines.append(f"answer: {self.outcome.text}")
+        return "\n".join([*lines, measured_with(self.outcome)])
+
+    def _repr_html_(self) -> str:
+        return STYLE_TAG + outcome_html(self.outcome)
+
+
+class Picture:
+    """A Matplotlib figure with the words that stand for it where it cannot be seen."""
+
+    def __init__(self, figure: "Figure", words: str) -> None:
+        self.figure = figure
+        self.words = words
+
+    def __repr__(self) -> str:
+        return f"Picture: {self.words}"
+
+    def _repr_html_(self) -> str:
+        png = BytesIO()
+        # White also in the dark theme, so that the lines keep their contrast.
+        self.figure.savefig(png, format="png", dpi=110, facecolor="white", bbox_inches="tight")
+        data = b64encode(png.getvalue()).decode("ascii")
+        return f'<img alt="{escape(self.words)}" src="data:image/png;base64,{data}">'
+
+
+def outcomes_table(caption: str, outcomes: Iterable[Outcome]) -> Table:
+    """One row an outcome: what was set, where the dtype went, what came of it."""
+    return Table(
+        caption,
+        ("Checkpoint", "Settings", "File", "Loaded", "Gate", "Result", "Distance from float32"),
+        [
+            (
+                outcome.plan.checkpoint,
+                knobs_text(outcome.plan),
+                *(station.dtype for station in stations(outcome)[:2]),
+                stations(outcome)[-1].dtype,
+                f"{SYMBOL[verdict(outcome).state]} {verdict(outcome).word}",
+                gap(outcome),
+            )
+            for outcome in outcomes
+        ],
+    )
+
+
+def verdict(outcome: Outcome) -> Verdict:
+    """Whether it worked, in a sentence. A run with NaN or inf in its logits did not."""
+    if not outcome.ok:
+        return Verdict("bad", "Fails", f"{outcome.error_type}: {outcome.error}")
+    if not outcome.finite:
+        return Verdict(
+            "warn",
+            "Runs, and is wrong",
+            "no exception, but the logits hold NaN or inf, so the text below is no answer.",
+        )
+    return Verdict("good", "Works", f"largest logit distance from float32 {gap(outcome)}.")
+
+
+def gap(outcome: Outcome) -> str:
+    """The logit distance from float32 with two significant digits; "not measured" without one."""
+    return "not measured" if outcome.max_logit_gap is None else f"{outcome.max_logit_gap:.2g}"
+
+
+def stations(outcome: Outcome) -> list[Station]:
+    """The road of the dtype: checkpoint file, loaded weights, attention input, after the rescue
+    cast, gate. A station that the run did not reach says so."""
+    attention = _distinct(record.attention_input for record in outcome.gate)
+    at_kernel = _distinct(record.kernel for record in outcome.gate if record.kernel)
+    accepted = [record.accepted for record in outcome.gate if record.kernel]
+    road = [
+        Station("checkpoint file", _file(outcome)),
+        Station("loaded weights", _counted(outcome.loaded_dtypes) or "not reached"),
+        Station("attention input", attention or "not reached"),
+    ]
+    if outcome.plan.attention != "flash_attention_2":
+        unused = f"not asked, {outcome.plan.attention} takes any dtype"
+        return [*road, Station("after the rescue cast", unused), Station("gate", unused)]
+    if not accepted:
+        return [
+            *road,
+            Station("after the rescue cast", "not reached"),
+            Station("gate", "not asked"),
+        ]
+    passed = all(accepted)
+    return [
+        *road,
+        Station("after the rescue cast", at_kernel),
+        Station(
+            "gate",
+            f"{'accepts' if passed else 'refuses'} {at_kernel}",
+            "good" if passed else "bad",
+        ),
+    ]
+
+
+def road_text(outcome: Outcome) -> str:
+    """The stations as one line of text."""
+    return " → ".join(map(str, stations(outcome)))
+
+
+def knobs_text(plan: LoadPlan) -> str:
+    """The settings of a plan, in words."""
+    parts = [f"dtype {plan.dtype}", plan.attention]
+    if plan.default_dtype:
+        parts.append(f"set_default_dtype({plan.default_dtype})")
+    if plan.autocast:
+        parts.append(f"autocast({plan.autocast})")
+    return ", ".join([*parts, *plan.after_load])
+
+
+def outcome_html(outcome: Outcome) -> str:
+    """Verdict, road, answer, log lines and snippet."""
+    parts = [_verdict_html(verdict(outcome)), _road_html(stations(outcome))]
+    if outcome.text is not None:
+        parts.append(
+            f"<p>The model was asked <q>{escape(outcome.plan.question)}</q> and says:</p>"
+            f'<blockquote class="dg-answer">{escape(outcome.text)}</blockquote>'
+        )
+    if outcome.frames:
+        frames = _pre_html("Traceback", "\n".join(reversed(outcome.frames[-6:])))
+        parts.append(_details_html("Traceback, the raising line first", frames))
+    if said := [*outcome.warnings, *outcome.logs]:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in said)
+        parts.append(_details_html(f"Warnings and log lines ({len(said)})", f"<ul>{lines}</ul>"))
+    parts.append(_snippet_html(outcome.snippet))
+    parts.append(f'<p class="dg-small">{escape(measured_with(outcome))}</p>')
+    return f'<div class="dg-outcome">{"".join(parts)}</div>'
+
+
+def measured_with(outcome: Outcome) -> str:
+    """The line that tags an outcome with its versions and backend."""
+    kind = "the CPU reference kernel" if outcome.backend == "reference" else outcome.backend
+    return f"Measured here with {outcome.versions}; flash_attention_2 is {kind}."
+
+
+def history_html(outcomes: Sequence[Outcome]) -> str:
+    """What was tried, newest first, as a table."""
+    if not outcomes:
+        return ""
+    heads = ("Run", "Checkpoint", "Settings", "Result", "Gate", "Answer or error")
+    rows = [
+        (
+            number,
+            outcome.plan.checkpoint,
+            knobs_text(outcome.plan),
+            f"{SYMBOL[verdict(outcome).state]} {verdict(outcome).word}",
+            stations(outcome)[-1].dtype,
+            _short(outcome),
+        )
+        for number, outcome in enumerate(outcomes, 1)
+    ]
+    return Table("What was tried, newest first", heads, rows[::-1]).html()
+
+
+def problem(error: BaseException) -> str:
+    """Why there is no outcome, in one sentence."""
+    if isinstance(error, KeyboardInterrupt):
+        return "The run was interrupted; nothing of it is kept."
+    if isinstance(error, (PlanError, CheckpointError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def problem_html(message: str) -> str:
+    """A plan that could not be run, or a run that was stopped."""
+    return _verdict_html(Verdict("bad", "Not run", message))
+
+
+def status_html(seen: str, spoken: str = "") -> str:
+    """The line beside *Run*. A screen reader speaks all of it; ``spoken`` is not shown, because it
+    stands below."""
+    return f'{escape(seen)} <span class="dg-spoken">{escape(spoken)}</span>'
+
+
+def spoken(outcome: Outcome) -> str:
+    """The verdict, and the answer if there is one."""
+    return f"{verdict(outcome)} {outcome.text or ''}".rstrip()
+
+
+def _verdict_html(result: Verdict) -> str:
+    tag = "code" if result.word == "Fails" else "span"
+    return (
+        f'<p class="dg-verdict dg-{result.state}"><strong>{SYMBOL[result.state]}'
+        f" {escape(result.word)}:</strong> <{tag}>{escape(result.sentence)}</{tag}></p>"
+    )
+
+
+def _road_html(road: Iterable[Station]) -> str:
+    items = "".join(
+        f'<li class="dg-station dg-{s.state}"><span class="dg-name">{escape(s.name)}:</span> '
+        f'<span class="dg-dtype">{_mark(s)}{escape(s.dtype)}</span></li>'
+        for s in road
+    )
+    return f'<ol class="dg-road" aria-label="The dtype from the file to the gate">{items}</ol>'
+
+
+def _mark(station: Station) -> str:
+    return "" if station.state == "idle" else f"{SYMBOL[station.state]} "
+
+
+def _details_html(summary: str, inside: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
+
+
+def _pre_html(label: str, text: str) -> str:
+    """Lines that scroll sideways, also from the keyboard."""
+    code = f"<code>{escape(text)}</code>"
+    return f'<pre tabindex="0" role="group" aria-label="{escape(label)}">{code}</pre>'
+
+
+def _snippet_html(code: str) -> str:
+    """The button stays hidden until panel.js is there to serve it."""
+    return (
+        '<div class="dg-snippet"><div class="dg-bar"><span>The same, for your script</span>'
+        '<button type="button" class="dg-copy" hidden>Copy</button>'
+        '<span class="dg-copied" role="status"></span></div>'
+        f"{_pre_html('Code to paste', code)}</div>"
+    )
+
+
+def _distinct(dtypes: Iterable[object]) -> str:
+    return " and ".join(dict.fromkeys(map(str, dtypes)))
+
+
+def _counted(dtypes: dict[str, int]) -> str:
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items())
+
+
+def _file(outcome: Outcome) -> str:
+    tensors = _counted(outcome.file_dtypes) or "no safetensors to read"
+    if outcome.declared_dtype in outcome.file_dtypes:
+        return tensors
+    return f"{tensors}, config.json says {outcome.declared_dtype or 'nothing'}"
+
+
+def _short(outcome: Outcome) -> str:
+    text = (outcome.text if outcome.ok else outcome.error) or ""
+    return text if len(text) <= 80 else f"{text[:77]}..."
