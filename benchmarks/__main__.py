@@ -1,0 +1,151 @@
+"""Print what the guide costs over the bare libraries; exit with 1 if that is above a bound."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import psutil
+
+from benchmarks import processes
+from benchmarks.table import Row, interleave, render
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "01_reproduce_the_error.ipynb"
+CHECKPOINT = "fp32"  # the one that notebook 01 loads
+
+
+def notebook(quick: bool) -> Iterator[Row]:
+    """Notebook 01, from kernel start to the last reply; a script that loads twice and forwards."""
+    from helpers import checkpoints
+
+    bare = partial(processes.bare, checkpoints.get(CHECKPOINT))
+    sides = interleave(partial(processes.notebook, NOTEBOOK), bare, 3 if quick else 9)
+    yield Row("notebook 01", "s", *([m.seconds for m in side] for side in sides), 1.25)
+    yield Row("  of it, kernel start", "s", [m.ready for m in sides[0]])
+    yield Row("  its peak memory", "MB", *([m.peak for m in side] for side in sides), 1.10)
+
+
+def run(quick: bool) -> Iterator[Row]:
+    """``run(LoadPlan())``; the same load, forward and generate without the guide."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from helpers import backend, checkpoints, experiment
+
+    path = checkpoints.get(experiment.LoadPlan().checkpoint)
+    backend.activate()
+    logging.set_verbosity_error()  # run() prints nothing either
+    logging.disable_progress_bar()
+    options = {"max_new_tokens": experiment.MAX_NEW_TOKENS, "do_sample": False}
+
+    def bare() -> None:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="flash_attention_2")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        inputs = tokenizer(checkpoints.QUESTION, return_tensors="pt")
+        with torch.inference_mode():
+            model(**inputs)
+            tokenizer.decode(model.generate(**inputs, **options)[0])
+
+    sides = timed(partial(experiment.run, experiment.LoadPlan())), timed(bare)
+    yield Row("run(LoadPlan())", "ms", *interleave(*sides, 10 if quick else 40), 1.3)
+
+
+def click(quick: bool) -> Iterator[Row]:
+    """The panel's Run button at several settings, after a first round that fills the caches."""
+    from helpers.experiment import LoadPlan
+    from helpers.panels import ExplorePanel
+
+    plans = list(product(("bf16", "fp32", "overflow"), ("omitted", "float16", "float32")))
+    panel = ExplorePanel(LoadPlan())
+    times = []
+    for settings in plans * (4 if quick else 9):
+        panel.knobs["checkpoint"].value, panel.knobs["dtype"].value = settings
+        times.append(timed(panel.button.click)())
+    if len(panel.outcomes) < len(times):
+        raise RuntimeError(f"a click had no outcome: {panel.status.value}")
+    yield Row("click on Run", "ms", times[len(plans) :], bound=200)
+
+
+def kernel(quick: bool) -> Iterator[Row]:
+    """The reference kernel's forward; SDPA on the same tensors, 16 heads of size 64."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from helpers.reference_kernel.attention import flash_attn_func
+
+    for tokens, causal in product((128, 256, 512, 1024, 2048), (False, True)):
+        q, k, v = torch.randn(3, 1, tokens, 16, 64, dtype=torch.bfloat16)
+        transposed = (x.transpose(1, 2) for x in (q, k, v))
+        guide = timed(partial(flash_attn_func, q, k, v, causal=causal), calls=2048 // tokens)
+        sdpa = partial(scaled_dot_product_attention, *transposed, is_causal=causal)
+        sides = interleave(guide, timed(sdpa, calls=2048 // tokens), 10 if quick else 40)
+        yield Row(f"kernel, {tokens} tokens{', causal' if causal else ''}", "ms", *sides, 1.15)
+
+
+def import_helpers(quick: bool) -> Iterator[Row]:
+    """``import helpers`` over ``pass``, each in a Python of its own."""
+    commands = ([sys.executable, "-c", code] for code in ("import helpers", "pass"))
+    sides = (timed(partial(subprocess.run, c, check=True, cwd=ROOT)) for c in commands)
+    pairs = zip(*interleave(*sides, 10 if quick else 40), strict=True)
+    yield Row("import helpers", "ms", [guide - bare for guide, bare in pairs], bound=30)
+
+
+ROWS = {
+    "notebook": notebook,
+    "run": run,
+    "click": click,
+    "kernel": kernel,
+    "import": import_helpers,
+}
+
+
+def timed(function: Callable[[], object], calls: int = 1) -> Callable[[], float]:
+    """A function that calls ``function`` and returns the milliseconds of one call."""
+
+    def milliseconds() -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return 1e3 * (time.perf_counter() - started) / calls
+
+    return milliseconds
+
+
+def machine() -> str:
+    """What the numbers hold for."""
+    import torch
+
+    from helpers.experiment import versions
+
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    cores = f"{psutil.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    return f"{platform.system()} {platform.machine()}, {cores}; {packages}; reference kernel"
+
+
+def main() -> int:
+    """Measure the rows that the command line names, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, help="some of the rows")
+    options = parser.parse_args()
+    os.environ["DTYPE_GUIDE_BACKEND"] = "reference"  # the same kernel on every machine
+    load = psutil.getloadavg()[0]
+    rows: list[Row] = []
+    for name in options.only:
+        print(f"measuring {name} ...", file=sys.stderr)
+        rows += ROWS[name](options.quick)
+    print(render(rows), machine(), sep="\n\n")
+    print(f"Other work on the machine makes these noisy; the load average was {load:.1f} before.")
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
