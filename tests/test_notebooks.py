@@ -1,0 +1,125 @@
+"""What nbval does not look at: how the stored notebooks are made, and what they promise."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LESSONS = [path for path in NOTEBOOKS if not path.name.startswith("00")]
+# flash-attn's text, csrc/flash_attn/flash_api.cpp
+DTYPE_ERROR = ("RuntimeError", "FlashAttention only support fp16 and bf16 data type")
+RAISED = {
+    "01_reproduce_the_error": [DTYPE_ERROR, DTYPE_ERROR],
+    "04_set_default_dtype": [
+        ("FileNotFoundError", "[Errno 2] No such file or directory: 'no such file'")
+    ],
+}
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def prose(path):
+    return [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+
+
+def name(path):
+    return path.stem
+
+
+def test_all_five_notebooks_are_here():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_every_code_cell_has_a_stored_run_in_one_session(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_no_output_is_exempt_from_comparison(path):
+    tags = {tag for cell in code_cells(path) for tag in cell.metadata.get("tags", [])}
+    assert tags <= {"raises-exception"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_cells_meant_to_fail_stored_their_error_and_no_other_did(path):
+    errors = [
+        (output.ename, output.evalue)
+        for cell in code_cells(path)
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
+    tagged = [c for c in code_cells(path) if "raises-exception" in c.metadata.get("tags", [])]
+    assert errors == RAISED.get(path.stem, [])
+    assert len(tagged) == len(errors)
+
+
+def test_the_error_of_notebook_01_comes_out_of_transformers_frames():
+    tracebacks = [
+        re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output.traceback))
+        for cell in code_cells(ROOT / "notebooks" / "01_reproduce_the_error.ipynb")
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
+    assert tracebacks
+    for text in tracebacks:
+        assert re.search(r"site-packages.transformers.models.qwen2.modeling_qwen2\.py", text)
+        assert re.search(r"site-packages.transformers.modeling_flash_attention_utils\.py", text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_no_widget_state_and_no_folder_of_a_machine_is_stored(path):
+    assert "widgets" not in read(path).metadata
+    text = path.read_text("utf-8")
+    assert not re.search(r"widget-view\+json|(?<![\w.~])/(?:home|root|tmp|work|Users)/", text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_headings_form_one_outline(path):
+    levels = [
+        len(match[1])
+        for source in prose(path)
+        for match in re.finditer(r"^(#+) ", re.sub(r"```.*?```", "", source, flags=re.S), re.M)
+    ]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_links_to_files_of_the_guide_lead_somewhere(path):
+    for source in prose(path):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", source):
+            assert (path.parent / target).is_file(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_code_cells_are_short(path):
+    lines = {c.source: [line for line in c.source.splitlines() if line] for c in code_cells(path)}
+    assert [source for source, filled in lines.items() if len(filled) > 10] == []
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=name)
+def test_a_lesson_ends_with_the_panel_and_three_things_to_remember(path):
+    *_, panel, last = read(path).cells
+    assert "explore(" in panel.source
+    assert last.source.startswith("## What to remember")
+    assert len(re.findall(r"^\d\. ", last.source, re.M)) == 3
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=name)
+def test_a_lesson_says_which_backend_and_versions_its_outputs_come_from(path):
+    first = "".join(output.text for output in code_cells(path)[0].outputs)
+    assert "reference kernel" in first
+    assert re.search(r"torch \d.*transformers \d", first)
