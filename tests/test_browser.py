@@ -1,0 +1,221 @@
+"""The explore panel as a person meets it: in JupyterLab, in a browser, from the keyboard."""
+
+import os
+import re
+
+import browser
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
+
+from helpers.experiment import LoadPlan, snippet
+
+pytestmark = pytest.mark.browser
+
+ERROR = "RuntimeError: FlashAttention only support fp16 and bf16 data type"
+THEMES = ("JupyterLab Light", "JupyterLab Dark")
+OURS = [".dg-panel", ".jp-OutputArea-output:has(> .dg-outcome)", ".jp-OutputArea-output:has(> table)"]
+# axe looks at almost no contrast inside JupyterLab's scrolling panes, so it also gets a page with
+# our markup alone, under all of JupyterLab's rules.
+ALONE = """(ours) => {
+  const rules = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]);
+  const body = document.body.cloneNode(false);
+  body.innerHTML = "<main><h1>Ours alone</h1></main>";
+  for (const part of document.querySelectorAll(ours)) body.firstChild.append(part.cloneNode(true));
+  return `<!doctype html><html lang="en" class="${document.documentElement.className}">
+    <title>Ours alone</title><style>${rules.map((rule) => rule.cssText).join(" ")}</style>
+    ${body.outerHTML}</html>`;
+}"""
+# Writes down what a screen reader can notice during a run, and presses Run again while it is busy.
+WATCH = """(panel) => {
+  const run = panel.querySelector(".dg-run"), status = panel.querySelector(".dg-status");
+  window.noticed = [];
+  new MutationObserver(() => {
+    const busy = run.getAttribute("aria-disabled");
+    const live = status.isConnected && status.getAttribute("role") === "status";
+    window.noticed.push([live, busy, status.textContent.trim()]);
+    if (busy === "true") run.click();
+  }).observe(panel, { subtree: true, childList: true, attributes: true });
+}"""
+SIDEWAYS = """(part) => [part, ...part.querySelectorAll("*")]
+  .filter((e) => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 1 && e.tagName !== "PRE")
+  .map((e) => e.outerHTML.slice(0, 100))"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """One JupyterLab and one browser for all tests here: the page and the server's address."""
+    folder = tmp_path_factory.mktemp("lab")
+    try:
+        with (
+            browser.chromium(folder / "browser") as context,
+            browser.jupyterlab(folder / "clone") as address,
+        ):
+            yield context.pages[0], address
+    except LookupError as missing:
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def complaints(lab):
+    """Errors on the page and in its console. None is exempt."""
+    page, _ = lab
+    found = []
+    page.on("console", lambda message: message.type == "error" and found.append(message.text))
+    page.on("pageerror", lambda error: found.append(str(error)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def notebook(lab, complaints):
+    """Notebook 01 with every cell run."""
+    page, address = lab
+    opened = browser.open_notebook(page, address, "01_reproduce_the_error.ipynb")
+    browser.run_all(page)
+    return opened
+
+
+@pytest.fixture(autouse=True)
+def no_complaint(complaints):
+    yield
+    found = complaints[:]
+    complaints.clear()
+    assert found == []
+
+
+@pytest.fixture
+def panel(lab, notebook):
+    """The panel as it is at first, and the notebook in command mode on its cell."""
+    page, _ = lab
+    browser.use_theme(page, THEMES[0])
+    browser.run_last_code_cell(page)
+    found = notebook.locator(".dg-panel")
+    expect(found.locator(".dg-status")).to_have_text("Ready.")
+    return found
+
+
+def walk(page, key, goal):
+    """Press Tab or Shift+Tab until the goal has the focus."""
+    for _ in range(20):
+        page.keyboard.press(key)
+        if goal.evaluate("element => element === document.activeElement"):
+            return
+    pytest.fail(f"pressing {key} 20 times did not lead to {goal}")
+
+
+def run_by_key(page, panel, number):
+    walk(page, "Tab", panel.get_by_role("button", name="Run"))
+    page.keyboard.press("Enter")
+    expect(panel.locator(".dg-status")).to_contain_text(f"Run {number} is done.")
+
+
+def test_by_keyboard_alone_the_error_becomes_a_sentence(lab, notebook, panel):
+    page, _ = lab
+    expect(notebook.locator(".jp-OutputArea-output", has_text=ERROR).first).to_be_visible()
+    cells = notebook.locator(".jp-Cell").count()
+    verdict, answer = panel.locator(".dg-verdict"), panel.locator(".dg-answer")
+
+    run_by_key(page, panel, 1)
+    expect(verdict).to_have_text(f"✖ Fails: {ERROR}")
+    expect(answer).to_have_count(0)
+    expect(panel.get_by_role("button", name="Run")).to_be_focused()
+
+    dtype = panel.get_by_label("dtype", exact=True)
+    for number, value in ((2, "auto"), (3, "bfloat16")):
+        walk(page, "Shift+Tab", dtype)
+        page.keyboard.press("ArrowDown")
+        expect(dtype).to_have_value(value)
+        run_by_key(page, panel, number)
+
+    expect(verdict).to_contain_text("✔ Works")
+    expect(answer).to_have_text(re.compile(r"^[A-Z][\w-]*( [\w-]+)+\.$"))
+    expect(panel.locator(".dg-table tbody tr")).to_have_text(
+        [re.compile("^3.*✔ Works"), re.compile("^2.*✖ Fails"), re.compile("^1.*✖ Fails")]
+    )
+    expect(notebook.locator(".jp-Cell")).to_have_count(cells)
+
+
+def test_jupyterlab_takes_no_key_from_a_control(lab, notebook, panel):
+    page, _ = lab
+    cells = notebook.locator(".jp-Cell").count()
+    active = notebook.locator(".jp-Cell.jp-mod-active")
+    text = active.inner_text()
+    controls = [*panel.get_by_role("combobox").all(), panel.get_by_role("button").first]
+    assert len(controls) == 6
+    for control in controls:
+        walk(page, "Tab", control)
+        for key in ("ArrowDown", "ArrowUp", "a", "b", "x", "d", "d", "m", "j", "k", "0", "0"):
+            page.keyboard.press(key)
+        expect(control).to_be_focused()
+    expect(notebook.locator(".jp-Cell")).to_have_count(cells)
+    expect(active).to_have_count(1)
+    assert active.locator(".dg-panel").count() == 1, text
+
+
+def test_a_run_is_spoken_and_a_second_press_does_not_count(lab, panel):
+    page, _ = lab
+    panel.evaluate(WATCH)
+    run_by_key(page, panel, 1)
+    run_by_key(page, panel, 2)
+    noticed = page.evaluate("noticed")
+    assert all(live for live, _, _ in noticed)
+    assert {text for _, busy, text in noticed if busy == "true"} >= {"Ready.", "Running ..."}
+    assert noticed[-1][1:] == ["false", f"Run 2 is done. ✖ Fails: {ERROR}"]
+    expect(panel.locator(".dg-table tbody tr")).to_have_count(2)
+
+
+@pytest.mark.parametrize("clipboard", ["navigator.clipboard", "undefined"])
+def test_copy_puts_exactly_the_snippet_on_the_clipboard(lab, panel, clipboard):
+    """Over plain http, as in a classroom, ``navigator.clipboard`` is undefined."""
+    page, _ = lab
+    page.evaluate("navigator.clipboard.writeText('something else')")
+    page.evaluate(f"window.real = navigator.clipboard; Object.defineProperty(navigator, 'clipboard', {{value: {clipboard}, configurable: true}})")
+    run_by_key(page, panel, 1)
+    copy = panel.get_by_role("button", name="Copy")
+    walk(page, "Tab", copy)
+    page.keyboard.press("Enter")
+    expect(panel.locator(".dg-copied")).to_have_text("Copied.")
+    expect(copy).to_be_focused()
+    page.evaluate("delete navigator.clipboard")
+    assert page.evaluate("navigator.clipboard.readText()") == snippet(LoadPlan("fp32"))
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_axe_finds_nothing_in_our_markup(lab, panel, theme):
+    page, _ = lab
+    browser.use_theme(page, theme)
+    run_by_key(page, panel, 1)
+    for summary in panel.locator("summary").all():
+        summary.press("Enter")
+    expect(panel.locator("details[open]")).to_have_count(2)
+    in_lab = axe(page, {"include": [[selector] for selector in OURS]})
+    assert found(in_lab, "violations") == []
+
+    alone = page.context.new_page()
+    alone.set_content(page.evaluate(ALONE, ", ".join(OURS)))
+    report = axe(alone)
+    alone.close()
+    assert found(report, "violations") == []
+    assert found(report, "incomplete") == []
+    assert len([target for rule, target in found(report, "passes") if rule == "color-contrast"]) > 90
+
+
+def axe(page, context=None):
+    kinds = ["violations", "incomplete", "passes"]
+    return Axe().run(page, context, {"resultTypes": kinds}).response
+
+
+def found(report, kind):
+    return [(rule["id"], node["target"]) for rule in report[kind] for node in rule["nodes"]]
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_nothing_needs_to_be_scrolled_sideways(lab, notebook, panel, width):
+    page, _ = lab
+    page.set_viewport_size({"width": width, "height": 900})
+    page.keyboard
+    run_by_key(page, panel, 1)
+    assert panel.evaluate(SIDEWAYS) == []
+    page.set_viewport_size({"width": 1280, "height": 900})
