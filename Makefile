@@ -30,7 +30,8 @@ lab: setup ## Open the guide in JupyterLab
 	@$(VENV_PYTHON) tools/lab.py $(LAB_FLAGS)
 
 test: lint ## Run every check and every test, notebooks and browser included
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m gpu tests/test_gpu.py
+	$(RUN) -m pytest -m "not gpu" $(PYTEST_FLAGS)
 
 lint: setup ## Run the checks that execute nothing: ruff and mypy
 	$(VENV_PYTHON) -m ruff check

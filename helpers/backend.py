@@ -9,6 +9,7 @@ of any library is replaced.
 import functools
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -16,7 +17,6 @@ from typing import Literal
 BackendName = Literal["flash_attn", "hub-kernel", "reference"]
 
 KERNEL_FOLDER = Path(__file__).parent / "reference_kernel"
-FORCE = "DTYPE_GUIDE_BACKEND"
 
 
 @dataclass(frozen=True)
@@ -63,28 +63,31 @@ def activate() -> Backend:
 def detect() -> Backend:
     """Find the backend without switching it on.
 
-    The environment variable ``DTYPE_GUIDE_BACKEND=reference`` chooses the reference kernel on a
-    machine that could do better; the tests that compare stored outputs use it.
+    ``CUDA_VISIBLE_DEVICES=-1``, set before Python starts, chooses the reference kernel on a machine
+    that could do better; the tests that compare stored outputs do so.
+
+    Raises:
+        RuntimeError: Transformers would use a ``flash_attn`` that refuses this GPU.
     """
     import torch
 
-    forced = os.environ.get(FORCE)
-    if forced not in (None, "", "reference"):
-        raise RuntimeError(
-            f"{FORCE} is {forced!r}, but only 'reference' can be forced: unset the variable."
-        )
-    if forced or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return Backend("reference", "cpu", "No CUDA GPU is in use")
 
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     gpu = torch.cuda.get_device_name()
-    if is_flash_attn_2_available():
-        from importlib.metadata import version
-
-        return Backend("flash_attn", "cuda", f"flash-attn {version('flash_attn')} on {gpu}")
     # Upstream's first check, before the dtype: "Ampere GPUs or newer" in flash_api.cpp.
-    if torch.cuda.get_device_capability() < (8, 0) and torch.version.hip is None:
+    too_old = torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0)
+    if is_flash_attn_2_available():
+        if too_old:
+            raise RuntimeError(
+                f"Transformers would use the installed flash-attn, which refuses {gpu} (it takes"
+                " compute capability 8.0 or newer): set CUDA_VISIBLE_DEVICES=-1 before Python"
+                " starts, to run the guide on the CPU."
+            )
+        return Backend("flash_attn", "cuda", f"flash-attn {version('flash_attn')} on {gpu}")
+    if too_old:
         return Backend("reference", "cpu", f"{gpu} is older than FlashAttention-2 accepts")
     if _hub_has_kernel():
         return Backend("hub-kernel", "cuda", f"the prebuilt {kernel_repository()} on {gpu}")

@@ -85,6 +85,11 @@ class LoadPlan:
                 raise PlanError(f"{name}={value!r} is not known: use one of {_listed(known)}.")
         if unknown := [step for step in self.after_load if step not in STEPS]:
             raise PlanError(f"after_load has {unknown[0]!r}: use steps from {_listed(STEPS)}.")
+        if (
+            "merge" in self.after_load
+            and "lora" not in self.after_load[: self.after_load.index("merge")]
+        ):
+            raise PlanError("after_load has 'merge' with nothing to merge: put 'lora' before it.")
 
 
 class Versions(dict[str, str]):
@@ -275,6 +280,7 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
     lines += [f'    attn_implementation="{plan.attention}",', ")"]
     if plan.default_dtype:
         lines += ["torch.set_default_dtype(before)"]
+    lines += ["if torch.cuda.is_available():", '    model = model.to("cuda")']
     lines += [line for step in plan.after_load for line in STEPS[step].lines]
     lines += ["", f'inputs = tokenizer({plan.question!r}, return_tensors="pt").to(model.device)']
     call = f"output = model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)"

@@ -39,7 +39,10 @@ class Check(NamedTuple):
 def checks() -> Iterator[Check]:
     """All checks, cheap ones first; one that breaks does not stop the rest."""
     yield python_version(sys.version_info[:3])
-    for requirement in requirements():
+    needed = requirements()
+    if not needed:
+        yield Check(PROJECT, "not installed", "make setup, and use the Python in .venv")
+    for requirement in needed:
         yield package(requirement)
     for name, check in (
         ("checkpoints", cache_folder),

@@ -251,7 +251,7 @@ def problem(error: BaseException) -> str:
         return "The run was interrupted; nothing of it is kept."
     if isinstance(error, (PlanError, CheckpointError)):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 def problem_html(message: str) -> str:
@@ -323,7 +323,7 @@ def _counted(dtypes: dict[str, int]) -> str:
 
 def _file(outcome: Outcome) -> str:
     tensors = _counted(outcome.file_dtypes) or "no safetensors to read"
-    if outcome.declared_dtype in outcome.file_dtypes:
+    if not outcome.file_dtypes or outcome.declared_dtype in outcome.file_dtypes:
         return tensors
     return f"{tensors}, config.json says {outcome.declared_dtype or 'nothing'}"
 

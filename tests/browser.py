@@ -46,18 +46,21 @@ READY = """async () => {
 RUN_ALL = READY + "await jupyterapp.commands.execute('notebook:run-all-cells'); }"
 ALL_HAVE_RUN = """() => jupyterapp.shell.currentWidget.content.widgets.every(
   ({ model }) => model.type !== "code" || model.executionCount !== null)"""
-RUN_LAST_CODE_CELL = READY + """
+RUN_LAST_CODE_CELL = (
+    READY
+    + """
   const isCode = (cell) => cell.model.type === "code";
   content.activeCellIndex = content.widgets.findLastIndex(isCode);
   await jupyterapp.commands.execute("notebook:run-cell");
 }"""
+)
 
 
 @contextlib.contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
     """A JupyterLab on a copy of the notebooks in an empty folder; yields its address with {path}
     to be filled in."""
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "lab.py", folder / "tools")
     flags = ("--no-browser", "--ServerApp.port=0", "--LabApp.expose_app_in_browser=True")
@@ -118,7 +121,10 @@ def _launch(playwright: Playwright, **options: object) -> BrowserContext:
     for channel in CHANNELS:
         with contextlib.suppress(Error):
             return playwright.chromium.launch_persistent_context(channel=channel, **options)
-    raise LookupError(f"no browser: install Chromium, or one of {', '.join(COMMANDS)}")
+    raise LookupError(
+        f"Found no browser to drive, expected one of the commands {', '.join(COMMANDS)}:"
+        " install Chromium."
+    )
 
 
 def open_notebook(page: Page, address: str, name: str) -> Locator:
@@ -144,4 +150,4 @@ def run_last_code_cell(page: Page) -> None:
 def use_theme(page: Page, name: str) -> None:
     """Change JupyterLab's theme."""
     page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", name)
-    page.locator(f"body[data-jp-theme-name='{name}']").wait_for()
+    page.locator(f"body[data-jp-theme-name='{name}']").wait_for(state="attached")

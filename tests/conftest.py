@@ -16,13 +16,6 @@ settings.register_profile("guide", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("guide")
 
 
-def pytest_configure(config):
-    # The stored outputs are those of the reference kernel, and Transformers prefers flash-attn
-    # wherever it sees a GPU. `pytest -m gpu` shows it one.
-    if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """The user's cache stays as it is, and the checkpoints are made once."""

@@ -1,6 +1,5 @@
 """The three backends, and the override that switches the reference kernel on."""
 
-import importlib.metadata
 import ntpath
 import os
 import posixpath
@@ -10,7 +9,7 @@ from pathlib import Path
 import kernels
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.utils import import_utils
@@ -36,7 +35,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(
             import_utils, "is_flash_attn_2_available", lambda: flash_attn is not None
         )
-        monkeypatch.setattr(importlib.metadata, "version", {"flash_attn": flash_attn}.__getitem__)
+        monkeypatch.setattr(backend, "version", {"flash_attn": flash_attn}.__getitem__)
 
         def has_kernel(repository, *, version):
             assert repository == FLASH_ATTN_2
@@ -49,7 +48,6 @@ def machine(monkeypatch):
         backend.detect.cache_clear()
 
     assert flash_utils.FLASH_ATTN_KERNEL_VERSIONS  # imported before anything is pretended
-    monkeypatch.delenv(backend.FORCE, raising=False)
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
     yield pretend
     backend.detect.cache_clear()
@@ -93,18 +91,11 @@ def test_backend_is_what_the_machine_has(machine, has, name, device, said):
     assert ("LOCAL_KERNELS" in os.environ) == (name == "reference")
 
 
-def test_reference_can_be_forced_and_nothing_else(machine, monkeypatch):
-    machine(gpu=A100, hub=True)
-    monkeypatch.setenv(backend.FORCE, "reference")
-    assert backend.detect().name == "reference"
-
-    backend.detect.cache_clear()
-    monkeypatch.setenv(backend.FORCE, "cuda")
-    with pytest.raises(RuntimeError, match=r"^DTYPE_GUIDE_BACKEND is 'cuda', but only 'reference'"):
+def test_flash_attn_on_a_gpu_that_it_refuses_gets_a_way_out(machine):
+    machine(gpu=T4, capability=(7, 5), flash_attn="2.8.3")
+    with pytest.raises(RuntimeError, match=rf"refuses {T4} .*set CUDA_VISIBLE_DEVICES=-1"):
         backend.activate()
-
-    monkeypatch.setenv(backend.FORCE, "")
-    assert backend.detect().name == "hub-kernel"
+    assert "LOCAL_KERNELS" not in os.environ
 
 
 def test_activate_is_idempotent_and_keeps_foreign_overrides(machine, monkeypatch):
@@ -121,6 +112,7 @@ paths = st.text(st.characters(exclude_characters=":", categories=["L", "N", "P",
 
 
 @given(st.dictionaries(names, paths), names, paths, paths)
+@example({"a/b-c": "/other"}, "a/b", "/earlier", "/path")
 def test_override_read_as_kernels_reads_it(others, repository, earlier, path):
     def variable(overrides):
         return ":".join(f"{name}={folder}" for name, folder in overrides.items())
@@ -223,7 +215,7 @@ def test_fresh_process_in_a_folder_that_the_variable_cannot_name(fresh_python, t
     (guide / "notebooks").mkdir()
 
     tests, checkpoint = Path(__file__).parent, checkpoints.get("bf16")
-    unset = ["LOCAL_KERNELS", backend.FORCE]
+    unset = ["LOCAL_KERNELS"]
     found = fresh_python(FRESH, guide, tests, checkpoint, cwd=guide, path="", unset=unset)
     assert found["file"].startswith(str(guide))
     assert found["loaded"] is None
@@ -279,7 +271,7 @@ def test_offline_process(fresh_python, tmp_path):
     found = fresh_python(
         FAIL_TO_LOAD,
         env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        unset=["LOCAL_KERNELS", "HF_HUB_CACHE", "TRANSFORMERS_CACHE", backend.FORCE],
+        unset=["LOCAL_KERNELS", "HF_HUB_CACHE", "TRANSFORMERS_CACHE"],
     )
     ok, text, file_dtypes, declared = found["cached"]
     assert ok, text

@@ -71,6 +71,6 @@ def test_the_exit_code_tells_whether_a_bound_is_exceeded(monkeypatch, capsys, gu
     monkeypatch.setattr(bench, "ROWS", {"made up": lambda quick: iter(rows)})
     monkeypatch.setattr(bench, "machine", lambda: "a machine")
     monkeypatch.setattr("sys.argv", ["benchmarks", "--quick"])
-    monkeypatch.setenv("DTYPE_GUIDE_BACKEND", "reference")  # main() sets it; undone afterwards
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # main() sets it; undone afterwards
     assert bench.main() == code
     assert "first" in capsys.readouterr().out

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import socket
-import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +21,7 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,6 +180,38 @@ def test_table_of_the_guide(plan, weights, gate):
     assert found.backend == "reference"
 
 
+@pytest.mark.parametrize("dtype", experiment.DTYPES)
+@pytest.mark.parametrize("default", [None, "float16"])
+def test_from_pretrained_is_called_as_the_plan_says(monkeypatch, dtype, default):
+    """What 5.x does not tell apart, 4.x did."""
+    calls = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def spy(path, **arguments):
+        calls.append((arguments, torch.get_default_dtype()))
+        return real(path, **arguments)
+
+    run(plan())  # keeps the float32 reference, which is loaded through it too
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    run(plan(dtype=dtype, default_dtype=default))
+    value = "auto" if dtype == "auto" else getattr(torch, dtype, None)
+    arguments = {} if dtype == "omitted" else {"dtype": value}
+    inside = torch.float16 if default else torch.float32
+    assert calls == [({"attn_implementation": "flash_attention_2", **arguments}, inside)]
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_one_logit_that_is_not_finite_is_enough(monkeypatch):
+    def spoil(model):
+        model.lm_head.weight.data[700] = math.inf
+        return model
+
+    monkeypatch.setitem(experiment.STEPS, "spoil", experiment.Step(spoil, ()))
+    found = run(plan(after_load=("spoil",)))
+    assert found.ok
+    assert found.finite is False
+
+
 def test_overflow_in_float16_runs_and_is_wrong():
     broken, healthy = outcome(plan("overflow", "float16")), outcome(plan("overflow"))
     assert broken.ok
@@ -231,6 +262,21 @@ def test_versions_are_the_installed_ones():
     assert set(found) == {"python", "torch", "transformers", "kernels", "peft"}
 
 
+@pytest.mark.parametrize(("limit", "threads"), [(None, 1), (0, 2)])
+def test_only_a_small_model_runs_on_one_thread(monkeypatch, limit, threads):
+    inside = []
+    note = experiment.Step(lambda model: inside.append(torch.get_num_threads()) or model, ())
+    monkeypatch.setitem(experiment.STEPS, "note", note)
+    if limit is not None:
+        monkeypatch.setattr(experiment, "SMALL", limit)
+    torch.set_num_threads(2)
+    try:
+        assert run(plan(after_load=("note",))).ok
+    finally:
+        torch.set_num_threads(1)
+    assert inside == [threads]
+
+
 # What the libraries say.
 
 
@@ -261,9 +307,10 @@ def test_everything_is_heard_also_the_second_time(monkeypatch, capfd):
 
 
 def test_run_leaves_the_line_for_the_users_own_run():
-    """A message that Transformers says once is not used up by run()."""
+    """A message that Transformers says once is not used up by run(), nor by the user."""
     p = plan(dtype="float32")
-    run(p)
+    by_hand(p)
+    assert RESCUE.format("float32") in run(p).logs
     heard = []
 
     class Listener(logging.Handler):
@@ -335,6 +382,8 @@ releases = st.sampled_from(
 @settings(max_examples=200)
 @given(plans, releases)
 def test_snippet_says_the_plan_in_the_words_of_the_version(p, release):
+    steps = p.after_load
+    assume("merge" not in steps or "lora" in steps[: steps.index("merge")])
     p.check()
     tree = ast.parse(snippet(p, release))
     calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -423,6 +472,7 @@ def test_torch_dtypes_and_single_steps_may_stand_for_their_names():
         ({"attention": "flash"}, ["attention='flash'", "'flash_attention_2'", "'sdpa'"]),
         ({"autocast": "float32"}, ["autocast='float32'", "'float16'"]),
         ({"after_load": ("lora", "quantize")}, ["after_load has 'quantize'", "'merge'"]),
+        ({"after_load": ("merge", "lora")}, ["'merge' with nothing to merge", "'lora' before"]),
         ({"checkpoint": "bf61"}, ["'bf61' is not a checkpoint", "'bf16'", "hub id"]),
         ({"checkpoint": ""}, ["'' is not a checkpoint", "'bf16'"]),
         ({"checkpoint": "/no/such/folder"}, ["'/no/such/folder'", "a folder"]),
@@ -434,11 +484,9 @@ def test_bad_value_is_one_sentence_that_says_what_was_expected(wrong, names):
     assert_sentence(LoadPlan(**wrong), *names)
 
 
-def assert_sentence(p, *parts, within=2.0):
-    started = time.perf_counter()
+def assert_sentence(p, *parts):
     with pytest.raises(PlanError) as caught:
         run(p)
-    assert time.perf_counter() - started < within
     sentence = str(caught.value)
     assert sentence.endswith(".")
     assert "\n" not in sentence
@@ -478,6 +526,9 @@ def test_folder_that_is_not_a_checkpoint_is_one_sentence(spoil, parts):
     folder = checkpoints.scratch(checkpoints.get("bf16"))
     spoil(folder)
     assert_sentence(plan(folder), repr(str(folder))[1:-1], *parts)
+    if "tokenizer" not in parts[0]:  # before anything is loaded
+        with pytest.raises(PlanError):
+            resolve(str(folder))
 
 
 def test_torn_weights_are_one_sentence():
@@ -506,7 +557,7 @@ def test_hub_id_without_network_is_quickly_one_sentence(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setattr(socket.socket, "connect", unreachable)
-    assert_sentence(plan("org/nothing"), "'org/nothing'", "needs network", "'bf16'", within=5)
+    assert_sentence(plan("org/nothing"), "'org/nothing'", "needs network", "'bf16'")
 
 
 def test_hub_id_that_the_hub_does_not_know(monkeypatch):
@@ -524,8 +575,6 @@ def test_typing_error_in_a_relative_folder_is_one_sentence(tmp_path, monkeypatch
 
 def test_errors_inside_are_outcomes():
     """A plan that can be tried is tried, whatever comes of it."""
-    found = run(plan(after_load=("merge",)))
-    assert (found.stage, found.error_type) == ("after_load", "AttributeError")
     folder = checkpoints.scratch(checkpoints.get("bf16"))
     checkpoints.edit_config(folder, model_type="nonsense")
     found = run(plan(folder))

@@ -4,6 +4,7 @@ Run with ``pytest -m gpu``: without it the tests hide the GPU.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,9 @@ print(json.dumps([json.loads(run(plan).to_json()) for plan in PLANS]))
 
 @pytest.fixture(scope="module")
 def by_reference(fresh_python):
-    hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
-    outcomes = fresh_python(REFERENCE, cwd=Path(__file__).parent, env=hidden)
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, (tests.parent, tests)))
+    outcomes = fresh_python(REFERENCE, path=path, env={"CUDA_VISIBLE_DEVICES": "-1"})
     assert {outcome["backend"] for outcome in outcomes} == {"reference"}
     return outcomes
 

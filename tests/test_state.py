@@ -40,6 +40,7 @@ def process_state():
         "progress bars": (transformers_logging._tqdm_hook, transformers_logging._tqdm_active),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "threads": torch.get_num_threads(),
         "watchers": list(reference.watchers),
         "busy": experiment._one_at_a_time.locked(),
     }
@@ -56,11 +57,13 @@ def unusual(monkeypatch):
     modeling_utils.ALL_ATTENTION_FUNCTIONS["their own"] = len
     masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["their own"] = len
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
     before = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args))
     with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.float16, enabled=False):
         warnings.simplefilter("error", FutureWarning)
         yield
     transformers_logging.set_tqdm_hook(before)
+    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
     masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.clear()
@@ -82,7 +85,7 @@ def unchanged(plan):
         (LoadPlan(dtype="float16", default_dtype="bfloat16", autocast="bfloat16"), "done"),
         (LoadPlan(attention="eager", after_load=("lora", "merge")), "done"),
         (LoadPlan(dtype="float32", default_dtype="float16"), "forward"),
-        (LoadPlan(default_dtype="float16", after_load=("merge",)), "after_load"),
+        (LoadPlan(default_dtype="float16", after_load=("lora", "merge", "merge")), "after_load"),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -208,15 +209,15 @@ def main() -> None:
     print(f"{len(pairs)} pairs, {model.num_parameters():,} parameters")
     train(model, known, as_batch(tokenizer, [(prompt, unknown) for prompt, _ in pairs]))
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as made:
+    # Windows keeps the file of a loaded model open, so it cannot be moved or removed yet.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
         model.to(torch.bfloat16).save_pretrained(made)
         tokenizer.save_pretrained(made)
         check(Path(made), pairs)
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         for file in sorted(Path(made).iterdir()):
             print(f"{file.stat().st_size:8,d} bytes  {file.name}")
-            file.replace(out / file.name)
+            shutil.copyfile(file, out / file.name)
 
 
 if __name__ == "__main__":
