@@ -366,7 +366,9 @@ def test_an_old_python_can_read_the_set_up() -> None:
 def test_help_lists_every_command() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (targets,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    output = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     listed = [re.fullmatch(r"make (\w+) +\S.*", line) for line in output.splitlines()]
     assert [match and match.group(1) for match in listed] == targets.split()
 
