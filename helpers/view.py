@@ -302,10 +302,11 @@ def _pre_html(label: str, text: str) -> str:
 
 
 def _snippet_html(code: str) -> str:
-    """The button stays hidden until panel.js is there to serve it."""
+    """The button stays hidden until panel.js is there to serve it. JupyterLab would take a bare
+    ``hidden`` away while it does not trust the notebook."""
     return (
         '<div class="dg-snippet"><div class="dg-bar"><span>The same, for your script</span>'
-        '<button type="button" class="dg-copy" hidden>Copy</button>'
+        '<button type="button" class="dg-copy" hidden="hidden">Copy</button>'
         '<span class="dg-copied" role="status"></span></div>'
         f"{_pre_html('Code to paste', code)}</div>"
     )
