@@ -263,7 +263,7 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
     ``dtype=`` is the name from 4.56 on, ``torch_dtype=`` before (huggingface/transformers#39782).
     """
     own = str(plan.checkpoint) not in checkpoints.available()
-    path = repr(str(plan.checkpoint)) if own else '"path/to/your-model"'
+    path = _quoted(str(plan.checkpoint) if own else "path/to/your-model")
     numbers = re.findall(r"\d+", transformers_version or versions()["transformers"])
     release = tuple(map(int, numbers[:2]))
     keyword = "dtype" if release >= (4, 56) else "torch_dtype"
@@ -282,7 +282,8 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
         lines += ["torch.set_default_dtype(before)"]
     lines += ["if torch.cuda.is_available():", '    model = model.to("cuda")']
     lines += [line for step in plan.after_load for line in STEPS[step].lines]
-    lines += ["", f'inputs = tokenizer({plan.question!r}, return_tensors="pt").to(model.device)']
+    question = _quoted(plan.question)
+    lines += ["", f'inputs = tokenizer({question}, return_tensors="pt").to(model.device)']
     call = f"output = model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)"
     if plan.autocast:
         lines += [f"with torch.autocast(model.device.type, dtype=torch.{plan.autocast}):"]
@@ -496,6 +497,11 @@ def _require_reachable(hub_id: str, expected: str) -> None:
 
 def _dtype_name(value: Any) -> str | None:
     return None if value is None else str(value).removeprefix("torch.")
+
+
+def _quoted(text: str) -> str:
+    """A Python string literal in double quotes; JSON's are a subset of Python's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _listed(values: Any) -> str:

@@ -74,7 +74,7 @@ def relative(text: str) -> str:
     root = str(ROOT)
     for prefix in (root, root.replace(home, "~", 1) if root.startswith(home) else root):
         text = text.replace(prefix + os.sep, "")
-    return re.sub(r"\S*?(ipykernel_\d+)", r"\1", text)
+    return re.sub(r"(?<!\S)\S*?(ipykernel_\d+)", r"\1", text)
 
 
 if __name__ == "__main__":
