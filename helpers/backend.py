@@ -30,9 +30,9 @@ class Backend:
     def __str__(self) -> str:
         if self.name == "reference":
             return (
-                f"{self.why}: the reference kernel makes FlashAttention-2's checks, with its"
-                " messages, and computes with PyTorch on the CPU."
-                " Its speed and memory are not FlashAttention's."
+                f"{self.why}: the reference kernel makes FlashAttention-2's dtype and shape checks,"
+                " with its messages, and computes with PyTorch on the CPU, so its speed and memory"
+                " are not FlashAttention's."
             )
         return f"FlashAttention-2 itself runs here: {self.why}."
 
@@ -45,10 +45,13 @@ def activate() -> Backend:
     ``kernels`` library when a model is loaded), and nothing else.
 
     Raises:
-        RuntimeError: the process tried to load FlashAttention before and failed, which Transformers
-            does not recover from; or the override cannot name the kernel's folder.
+        RuntimeError: Transformers would use a ``flash_attn`` that refuses this GPU; or the process
+            tried to load FlashAttention before and failed, which Transformers does not recover
+            from; or the override cannot name the kernel's folder.
     """
     backend = detect()
+    if backend.name == "flash_attn":
+        _refuse_old_gpu()
     _refuse_after_failed_load()
     if backend.name == "reference":
         os.environ["LOCAL_KERNELS"] = override(
@@ -65,9 +68,6 @@ def detect() -> Backend:
 
     ``CUDA_VISIBLE_DEVICES=-1``, set before Python starts, chooses the reference kernel on a machine
     that could do better; the tests that compare stored outputs do so.
-
-    Raises:
-        RuntimeError: Transformers would use a ``flash_attn`` that refuses this GPU.
     """
     import torch
 
@@ -77,19 +77,14 @@ def detect() -> Backend:
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     gpu = torch.cuda.get_device_name()
-    # Upstream's first check, before the dtype: "Ampere GPUs or newer" in flash_api.cpp.
-    too_old = torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0)
     if is_flash_attn_2_available():
-        if too_old:
-            raise RuntimeError(
-                f"Transformers would use the installed flash-attn, which refuses {gpu} (it takes"
-                " compute capability 8.0 or newer): set CUDA_VISIBLE_DEVICES=-1 before Python"
-                " starts, to run the guide on the CPU."
-            )
         return Backend("flash_attn", "cuda", f"flash-attn {version('flash_attn')} on {gpu}")
-    if too_old:
+    if _is_too_old():
         return Backend("reference", "cpu", f"{gpu} is older than FlashAttention-2 accepts")
-    if _hub_has_kernel():
+    if torch.version.hip is not None:
+        # The hub's kernel for ROCm is another one (aiter), without FlashAttention-2's checks.
+        return Backend("reference", "cpu", f"{gpu} is here, but flash-attn is not")
+    if not _is_overridden() and _hub_has_kernel():
         return Backend("hub-kernel", "cuda", f"the prebuilt {kernel_repository()} on {gpu}")
     return Backend("reference", "cpu", f"{gpu} is here, but flash-attn and the kernel hub are not")
 
@@ -128,6 +123,31 @@ def override(repository: str, path: str, current: str) -> str:
     """``current`` value of ``LOCAL_KERNELS`` with ``repository`` pointing at ``path``."""
     others = [e for e in current.split(":") if e and not e.startswith(f"{repository}=")]
     return ":".join([*others, f"{repository}={path}"])
+
+
+def _is_too_old() -> bool:
+    """Upstream's first check, before the dtype: "Ampere GPUs or newer" in flash_api.cpp."""
+    import torch
+
+    return torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0)
+
+
+def _refuse_old_gpu() -> None:
+    if _is_too_old():
+        raise RuntimeError(
+            "Transformers would use the installed flash-attn, which refuses this GPU (it takes"
+            " compute capability 8.0 or newer): set CUDA_VISIBLE_DEVICES=-1 before Python starts,"
+            " to run the guide on the CPU."
+        )
+
+
+def _is_overridden() -> bool:
+    """Whether a parent process has switched the reference kernel on for this one too."""
+    entries = [e.partition("=") for e in os.environ.get("LOCAL_KERNELS", "").split(":")]
+    return any(
+        name == kernel_repository() and Path(path).resolve() == KERNEL_FOLDER.resolve()
+        for name, _, path in entries
+    )
 
 
 def _hub_has_kernel() -> bool:

@@ -216,8 +216,8 @@ def _each_repeated(rows: "torch.Tensor", groups: int, times: int) -> "torch.Tens
 def _make_overflow(weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     """The same function in float32 and bfloat16, NaN in float16.
 
-    Powers of two move from ``down_proj`` to ``up_proj``. Each weight still fits float16; the
-    product that the MLP forms between the two does not.
+    Powers of two move from ``down_proj`` to ``up_proj``. Each weight is still finite in float16
+    (those of ``down_proj`` become subnormal and lose digits); what ``up_proj`` computes is not.
     """
     import torch
 

@@ -16,7 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ AUTOCAST = (None, *HALF)
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 MAX_NEW_TOKENS = 32
 SMALL = 32 * 2**20  # bytes of weights
+REFERENCE_LIMIT = 2 * 2**30  # bytes of weights; twice as much in memory where they are 16 bit
 
 _one_at_a_time = threading.Lock()  # default dtype and log handlers belong to the process
 
@@ -107,17 +108,20 @@ class Outcome:
         ok: nothing was raised.
         stage: where it ended: "load", "after_load", "forward", "generate", or "done".
         error_type, error: the exception's class name and text.
-        frames: the traceback, innermost frame last, as "file:line function".
+        frames: the traceback as Python prints it, most recent call last, one string a frame.
         file_dtypes: dtypes of the tensors in the checkpoint's safetensors files, with counts.
         declared_dtype: what config.json says they are; None where it says nothing.
-        loaded_dtypes: dtypes of the model's parameters, with counts, before forward.
+        loaded_dtypes: dtypes of the parameters that ``from_pretrained`` returned, with counts.
+        changed_dtypes: the same after the steps of ``after_load``; empty without steps.
         gate: one ``GateRecord`` a layer.
         finite: whether all logits of the prompt are finite.
         text: the generated answer.
         max_logit_gap: the largest distance of a logit of the prompt from the same checkpoint loaded
-            in float32 with sdpa; inf or nan where the logits are not finite.
+            in float32 with sdpa; inf or nan where the logits are not finite; None also for a
+            checkpoint above ``REFERENCE_LIMIT``, which is not loaded a second time.
         warnings, logs: what Python warned of and what the libraries logged, in order.
-        seconds: wall time of load, forward and generate on this machine's ``backend``.
+        seconds: wall time of load, forward and generate on this machine's ``backend``, with the
+            watching of the gate, which costs most on a GPU.
         snippet: the code a person pastes into their own script.
     """
 
@@ -129,6 +133,7 @@ class Outcome:
     file_dtypes: dict[str, int] = field(default_factory=dict)
     declared_dtype: str | None = None
     loaded_dtypes: dict[str, int] = field(default_factory=dict)
+    changed_dtypes: dict[str, int] = field(default_factory=dict)
     gate: tuple[GateRecord, ...] = ()
     finite: bool | None = None
     text: str | None = None
@@ -167,13 +172,15 @@ def run(plan: LoadPlan) -> Outcome:
 
     Raises:
         PlanError: the plan itself is at fault.
+        RuntimeError: FlashAttention cannot be switched on in this process (``backend.activate``).
     """
     plan.check()
     path = resolve(str(plan.checkpoint))
     with _one_at_a_time, state.as_before():
-        here = backend.activate()
+        uses_flash = plan.attention == "flash_attention_2"
+        here = backend.activate() if uses_flash else backend.detect()
         _few_threads(path)
-        reference = _reference_logits(path, plan.question, _fingerprint(path))
+        reference = _reference(path, plan.question)
         with state.listening() as (heard, warned):
             measured = _measure(plan, path, here, reference)
     files = local_folder(path)
@@ -295,9 +302,11 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
 @functools.cache
 def versions() -> Versions:
     """The versions that an outcome holds for, without local labels such as ``+cpu``."""
-    packages = ("torch", "transformers", "kernels", "peft")
-    found = {package: version(package).partition("+")[0] for package in packages}
-    return Versions(python=platform.python_version(), **found)
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "kernels", "peft", "flash-attn"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package).partition("+")[0]
+    return Versions(found)
 
 
 @dataclass(frozen=True)
@@ -354,7 +363,8 @@ def _measure(
         outcome = replace(outcome, stage="after_load", loaded_dtypes=parameter_dtypes(model))
         for step in plan.after_load:
             model = STEPS[step].apply(model)
-        outcome = replace(outcome, stage="forward", loaded_dtypes=parameter_dtypes(model))
+            outcome = replace(outcome, changed_dtypes=parameter_dtypes(model))
+        outcome = replace(outcome, stage="forward")
         model.eval()
         inputs = tokenizer(plan.question, return_tensors="pt").to(model.device)
         if not inputs["input_ids"].numel():
@@ -393,9 +403,14 @@ def _few_threads(path: str) -> None:
     and much longer where a room of learners shares the cores."""
     import torch
 
-    files = list(Path(path).glob("*.safetensors"))
-    if files and sum(file.stat().st_size for file in files) < SMALL:
+    if 0 < _weight_bytes(path) < SMALL:
         torch.set_num_threads(1)
+
+
+def _weight_bytes(path: str) -> int:
+    """The size of a checkpoint's files on this disk; 0 for a hub id that is not here yet."""
+    folder = Path(local_folder(path))
+    return sum(f.stat().st_size for end in ("safetensors", "bin") for f in folder.glob(f"*.{end}"))
 
 
 def _load(plan: LoadPlan, path: str, here: backend.Backend) -> tuple[Any, Any]:
@@ -424,22 +439,31 @@ def parameter_dtypes(model: Any) -> dict[str, int]:
     return {str(name): count for name, count in counts.most_common()}
 
 
+def _reference(path: str, question: str) -> "torch.Tensor | None":
+    """The prompt's logits in float32; None where that does not run, or would fill the memory."""
+    if 0 < _weight_bytes(path) < REFERENCE_LIMIT:
+        with contextlib.suppress(Exception), state.listening():
+            return _reference_logits(path, question, _fingerprint(path))
+    return None
+
+
 @functools.lru_cache(maxsize=16)
-def _reference_logits(
-    path: str, question: str, fingerprint: tuple[int, ...]
-) -> "torch.Tensor | None":
-    """The prompt's logits in float32 with sdpa; None where that does not run."""
+def _reference_logits(path: str, question: str, fingerprint: tuple[int, ...]) -> "torch.Tensor":
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with state.listening(), contextlib.suppress(Exception), torch.inference_mode():
+    # float32 also where the caller of run() has autocast on, or another default dtype.
+    with (
+        torch.autocast("cpu", enabled=False),
+        state.default_dtype("float32"),
+        torch.inference_mode(),
+    ):
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="sdpa"
         )
         inputs = AutoTokenizer.from_pretrained(path)(question, return_tensors="pt")
         logits: torch.Tensor = model(**inputs).logits
         return logits
-    return None
 
 
 def _fingerprint(path: str) -> tuple[int, ...]:
@@ -449,14 +473,16 @@ def _fingerprint(path: str) -> tuple[int, ...]:
 
 def _frames(error: BaseException) -> tuple[str, ...]:
     """The frames of the libraries, without this package's own and with paths from site-packages."""
-    own = str(Path(__file__).parent)
+    own = Path(__file__).parent
     frames = []
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename.startswith(own) and "reference_kernel" not in frame.filename:
+        file = Path(frame.filename)
+        if own in file.parents and "reference_kernel" not in file.parts:
             continue
-        file = re.split(r"site-packages[\\/]", frame.filename)[-1].removeprefix(own)
-        frames.append(f"{file.lstrip(os.sep)}:{frame.lineno} {frame.name}")
-    return tuple(frames)
+        where = file.relative_to(own.parent) if own in file.parents else file
+        short = re.split("site-packages/", where.as_posix())[-1]
+        frames.append(traceback.FrameSummary(short, frame.lineno, frame.name, line=frame.line))
+    return tuple(line.rstrip() for line in traceback.format_list(frames))
 
 
 def _require_model(folder: Path) -> None:
@@ -512,5 +538,5 @@ def _autocast(plan: LoadPlan, here: backend.Backend) -> Any:
     import torch
 
     if plan.autocast is None:
-        return contextlib.nullcontext()
+        return torch.autocast(here.device, enabled=False)  # whatever the caller of run() has on
     return torch.autocast(here.device, dtype=getattr(torch, plan.autocast))

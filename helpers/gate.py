@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ACCEPTED = ("float16", "bfloat16")
-
 
 class Dtypes(NamedTuple):
     """The dtypes of one attention call, as ``"bfloat16"`` and the like."""
@@ -39,22 +37,15 @@ class Dtypes(NamedTuple):
 class GateRecord:
     """The first attention call of one layer.
 
-    ``kernel`` is None where no FlashAttention kernel was called: sdpa, eager, or an error before.
+    ``kernel`` holds what the FlashAttention kernel received, and ``accepted`` whether it came back
+    with a result instead of an exception. Both are None where no kernel was seen: sdpa, eager, or
+    an error before.
     """
 
     layer: str
     attention_input: Dtypes
     kernel: Dtypes | None = None
-
-    @property
-    def accepted(self) -> bool | None:
-        """Whether FlashAttention-2's dtype checks let this call pass; None if it was not asked.
-
-        Source: csrc/flash_attn/flash_api.cpp looks at q, then at k and v being of q's dtype.
-        """
-        if self.kernel is None:
-            return None
-        return self.kernel.q in ACCEPTED and len(set(self.kernel)) == 1
+    accepted: bool | None = None
 
 
 @contextmanager
@@ -72,13 +63,18 @@ def watch(model: "PreTrainedModel") -> Iterator[list[GateRecord]]:
 
     def attention(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
         layer = names.get(id(module), type(module).__name__)
-        record = GateRecord(layer, Dtypes.of(q, k, v))
-        calling.append(records.setdefault(layer, record))
+        record = records.setdefault(layer, GateRecord(layer, Dtypes.of(q, k, v)))
+        calling.append(record)
+        came_back = False
         try:
             function = registered or sys.modules[type(module).__module__].eager_attention_forward
-            return function(module, q, k, v, *args, **kwargs)
+            result = function(module, q, k, v, *args, **kwargs)
+            came_back = True
+            return result
         finally:
             calling.pop()
+            if record.kernel is not None and record.accepted is None:
+                record.accepted = came_back
 
     def kernel(q: Any, k: Any, v: Any) -> None:
         if calling and calling[-1].kernel is None:

@@ -8,15 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from copy import copy
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import NamedTuple
 
+from packaging.markers import Marker
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from helpers import checkpoints
 
 PROJECT = "flashattention-dtype-guide"
-PYTHON = ((3, 10), (3, 14))
 ROOM = 50 * 2**20  # six checkpoints of at most 2 MB, with room to spare
 
 
@@ -38,10 +39,11 @@ class Check(NamedTuple):
 
 def checks() -> Iterator[Check]:
     """All checks, cheap ones first; one that breaks does not stop the rest."""
-    yield python_version(sys.version_info[:3])
     needed = requirements()
     if not needed:
         yield Check(PROJECT, "not installed", "make setup, and use the Python in .venv")
+        return
+    yield python_version(sys.version_info[:3])
     for requirement in needed:
         yield package(requirement)
     for name, check in (
@@ -63,18 +65,32 @@ def report() -> bool:
 
 
 def python_version(found: tuple[int, ...]) -> Check:
-    """Python 3.10 to 3.13."""
-    fix = "" if PYTHON[0] <= found[:2] < PYTHON[1] else "install Python 3.10 to 3.13"
-    return Check("Python", ".".join(map(str, found)), fix)
+    """A Python that the guide was made for, as its installed metadata says."""
+    text = ".".join(map(str, found))
+    wanted = SpecifierSet(metadata(PROJECT)["Requires-Python"])
+    return Check("Python", text, "" if text in wanted else f"install Python {wanted}")
 
 
 def requirements() -> list[Requirement]:
-    """The project's own direct dependencies, from its installed metadata."""
+    """The project's own direct dependencies, and what their extras add, such as the `kernels` of
+    `transformers[kernels]`; from the installed metadata."""
+    own = _required(PROJECT, "")
+    return own + [r for o in own for extra in o.extras for r in _required(o.name, extra)]
+
+
+def _required(name: str, extra: str) -> list[Requirement]:
+    """What a package needs here: by itself, or only for one of its extras."""
     try:
-        parsed = [Requirement(line) for line in requires(PROJECT) or []]
+        parsed = [Requirement(line) for line in requires(name) or []]
     except PackageNotFoundError:
         return []
-    return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    if not extra:
+        return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [r for r in parsed if r.marker and _only_for(extra, r.marker)]
+
+
+def _only_for(extra: str, marker: Marker) -> bool:
+    return marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
 def package(requirement: Requirement) -> Check:
@@ -120,10 +136,11 @@ def one_run() -> Check:
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
+    except (checkpoints.CheckpointError, RuntimeError) as error:
+        return Check(name, "not possible", str(error))
     except Exception as error:
-        return Check(
-            name, type(error).__name__, str(error) or "send this report with your question"
-        )
+        found = f"{type(error).__name__}: {error}"
+        return Check(name, found, "send this report with your question")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def gap(outcome: Outcome) -> str:
 
 def stations(outcome: Outcome) -> list[Station]:
     """The road of the dtype: checkpoint file, loaded weights, attention input, after the rescue
-    cast, gate. A station that the run did not reach says so."""
+    cast, gate. Steps after the load are one more station. One that was not reached says so."""
     attention = _distinct(record.attention_input for record in outcome.gate)
     at_kernel = _distinct(record.kernel for record in outcome.gate if record.kernel)
     accepted = [record.accepted for record in outcome.gate if record.kernel]
@@ -165,14 +165,19 @@ def stations(outcome: Outcome) -> list[Station]:
         Station("loaded weights", _counted(outcome.loaded_dtypes) or "not reached"),
         Station("attention input", attention or "not reached"),
     ]
+    if outcome.changed_dtypes:
+        steps = Station(
+            f"after {', '.join(outcome.plan.after_load)}", _counted(outcome.changed_dtypes)
+        )
+        road.insert(2, steps)
     if outcome.plan.attention != "flash_attention_2":
-        unused = f"not asked, {outcome.plan.attention} takes any dtype"
+        unused = f"none in {outcome.plan.attention}"
         return [*road, Station("after the rescue cast", unused), Station("gate", unused)]
     if not accepted:
         return [
             *road,
-            Station("after the rescue cast", "not reached"),
-            Station("gate", "not asked"),
+            Station("after the rescue cast", unseen := "not seen" if outcome.ok else "not reached"),
+            Station("gate", unseen),
         ]
     passed = all(accepted)
     return [
@@ -210,14 +215,21 @@ def outcome_html(outcome: Outcome) -> str:
             f'<blockquote class="dg-answer">{escape(outcome.text)}</blockquote>'
         )
     if outcome.frames:
-        frames = _pre_html("Traceback", "\n".join(reversed(outcome.frames[-6:])))
-        parts.append(_details_html("Traceback, the raising line first", frames))
+        parts.append(_details_html("Traceback", _pre_html("Traceback", traceback_text(outcome))))
     if said := [*outcome.warnings, *outcome.logs]:
         lines = "".join(f"<li>{escape(line)}</li>" for line in said)
         parts.append(_details_html(f"Warnings and log lines ({len(said)})", f"<ul>{lines}</ul>"))
     parts.append(_snippet_html(outcome.snippet))
     parts.append(f'<p class="dg-small">{escape(measured_with(outcome))}</p>')
     return f'<div class="dg-outcome">{"".join(parts)}</div>'
+
+
+def traceback_text(outcome: Outcome, last: int = 6) -> str:
+    """The end of the traceback, as Python prints it."""
+    left_out = ["  ..."] if len(outcome.frames) > last else []
+    error = f"{outcome.error_type}: {outcome.error}"
+    heading = "Traceback (most recent call last):"
+    return "\n".join([heading, *left_out, *outcome.frames[-last:], error])
 
 
 def measured_with(outcome: Outcome) -> str:

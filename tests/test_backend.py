@@ -70,9 +70,9 @@ NO_NETWORK = OSError("Name or service not known")
         ({"gpu": T4, "capability": (7, 5), "hub": True}, "reference", "cpu", f"{T4} is older"),
         (
             {"gpu": "Radeon", "capability": (7, 0), "hub": True, "hip": "6.4"},
-            "hub-kernel",
-            "cuda",
-            "Radeon",
+            "reference",
+            "cpu",
+            "Radeon is here, but flash-attn is not",
         ),
     ],
     ids=lambda value: "+".join(map(str, value)) if isinstance(value, dict) else None,
@@ -84,6 +84,7 @@ def test_backend_is_what_the_machine_has(machine, has, name, device, said):
     sentence = str(found)
     assert said in sentence
     assert sentence.endswith(".")
+    assert ". " not in sentence
     assert "\n" not in sentence
     # A CPU's numbers are never to be taken for FlashAttention's.
     assert ("reference kernel" in sentence) == (name == "reference")
@@ -93,9 +94,19 @@ def test_backend_is_what_the_machine_has(machine, has, name, device, said):
 
 def test_flash_attn_on_a_gpu_that_it_refuses_gets_a_way_out(machine):
     machine(gpu=T4, capability=(7, 5), flash_attn="2.8.3")
-    with pytest.raises(RuntimeError, match=rf"refuses {T4} .*set CUDA_VISIBLE_DEVICES=-1"):
+    with pytest.raises(RuntimeError, match=r"refuses this GPU .*set CUDA_VISIBLE_DEVICES=-1"):
         backend.activate()
     assert "LOCAL_KERNELS" not in os.environ
+    assert backend.detect().device == "cuda"  # sdpa, the way out on such a GPU, goes on
+
+
+def test_our_own_override_from_a_parent_process_is_not_the_hub(machine, monkeypatch):
+    machine(gpu=A100, hub=True)
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/x=/y:{FLASH_ATTN_2}={backend.KERNEL_FOLDER}")
+    assert backend.detect().name == "reference"
+    backend.detect.cache_clear()
+    monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH_ATTN_2}=/another/kernel")
+    assert backend.detect().name == "hub-kernel"
 
 
 def test_activate_is_idempotent_and_keeps_foreign_overrides(machine, monkeypatch):

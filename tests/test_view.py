@@ -25,9 +25,13 @@ STATIONS = [
 
 
 def layers(attention_input, kernel, count=3):
-    return tuple(GateRecord(f"layers.{i}", attention_input, kernel) for i in range(count))
+    came_back = None if kernel is None else "float32" not in kernel
+    return tuple(
+        GateRecord(f"layers.{i}", attention_input, kernel, came_back) for i in range(count)
+    )
 
 
+FRAMES = ('  File "a.py", line 1, in outer\n    f()', '  File "b.py", line 2, in inner\n    g()')
 WORKS = Outcome(
     LoadPlan(),
     stage="done",
@@ -47,7 +51,7 @@ FAILS = replace(
     stage="forward",
     error_type="RuntimeError",
     error="FlashAttention only support fp16 and bf16 data type",
-    frames=("a.py:1 outer", "b.py:2 inner"),
+    frames=FRAMES,
     file_dtypes={"float32": 38},
     loaded_dtypes={"float32": 38},
     gate=layers(FP32, FP32, 1),
@@ -129,7 +133,7 @@ def test_every_state_has_a_symbol_of_its_own_and_every_verdict_a_word():
         (RESCUED, ["bfloat16", "bfloat16", "float32", "float16", "accepts float16"]),
         (
             SDPA,
-            ["bfloat16", "bfloat16", "float32", *["not asked, sdpa takes any dtype"] * 2],
+            ["bfloat16", "bfloat16", "float32", *["none in sdpa"] * 2],
         ),
         (
             replace(NOT_LOADED, file_dtypes={"bfloat16": 30, "float32": 8}),
@@ -138,7 +142,7 @@ def test_every_state_has_a_symbol_of_its_own_and_every_verdict_a_word():
                 "not reached",
                 "not reached",
                 "not reached",
-                "not asked",
+                "not reached",
             ],
         ),
         (
@@ -148,7 +152,7 @@ def test_every_state_has_a_symbol_of_its_own_and_every_verdict_a_word():
                 "float32",
                 "q bfloat16, k float32, v bfloat16",
                 "not reached",
-                "not asked",
+                "not reached",
             ],
         ),
         (
@@ -161,8 +165,12 @@ def test_every_state_has_a_symbol_of_its_own_and_every_verdict_a_word():
                 "refuses bfloat16 and float32",
             ],
         ),
+        (
+            replace(WORKS, gate=layers(FP32, None)),
+            ["bfloat16", "bfloat16", "float32", "not seen", "not seen"],
+        ),
     ],
-    ids=["works", "fails", "rescued", "sdpa", "not loaded", "no kernel", "two dtypes"],
+    ids=["works", "fails", "rescued", "sdpa", "not loaded", "no kernel", "two dtypes", "blind"],
 )  # fmt: skip
 def test_road(outcome, road):
     assert view.stations(outcome) == [
@@ -189,10 +197,21 @@ def test_without_colours_the_page_says_the_same(outcome):
     assert outcome.plan.question in text or outcome.text is None
 
 
-def test_traceback_and_log_lines_are_shown_raising_line_first():
+def test_steps_after_the_load_are_a_station_of_their_own():
+    changed = replace(WORKS, plan=LoadPlan(after_load="float"), changed_dtypes={"float32": 38})
+    road = view.stations(changed)
+    assert [station.name for station in road] == [*STATIONS[:2], "after float", *STATIONS[2:]]
+    assert [station.dtype for station in road[1:3]] == ["bfloat16", "float32"]
+
+
+def test_traceback_and_log_lines_are_shown_as_python_prints_them():
     said = replace(FAILS, warnings=("a warning",), logs=("line 1", "line 2"))
     text = Reader(view.outcome_html(said)).text
-    assert "b.py:2 inner\na.py:1 outer" in text
+    heading = "Traceback (most recent call last):"
+    assert f"{heading}\n{FRAMES[0]}\n{FRAMES[1]}\nRuntimeError: {FAILS.error}" in text
+    many = replace(said, frames=FRAMES[:1] * 9 + FRAMES[1:])
+    assert view.traceback_text(many).splitlines()[1] == "  ..."
+    assert view.traceback_text(many).count("outer") == 5
     assert "Warnings and log lines (3)" in text
     assert "a warningline 1line 2" in text
 
@@ -364,7 +383,7 @@ def test_card_says_in_text_what_it_says_in_html(outcome):
 
 
 dtypes = st.builds(Dtypes, *[st.sampled_from(["float16", "bfloat16", "float32"])] * 3)
-records = st.builds(GateRecord, st.just("layer"), dtypes, st.none() | dtypes)
+records = st.builds(GateRecord, st.just("layer"), dtypes, st.none() | dtypes, st.booleans())
 counts = st.dictionaries(st.sampled_from(["bfloat16", "float32", "F8_E4M3"]), st.integers(1, 99))
 outcomes = st.builds(
     Outcome,

@@ -1,7 +1,7 @@
 """Take the README's picture of the explore panel, by a real run: python tools/screenshot.py
 
-Opens notebook 01 in JupyterLab, runs it, and works its panel: a float32 checkpoint, which
-FlashAttention refuses, and then the same one loaded in bfloat16. Needs Chromium.
+Opens notebook 01 in JupyterLab, runs it, and works its panel: a checkpoint loaded in float32, which
+FlashAttention refuses, and then the same one with dtype="auto". Needs Chromium.
 """
 
 import sys
@@ -31,7 +31,7 @@ def main() -> None:
         page.evaluate("jupyterapp.shell.collapseLeft()")
         browser.run_all(page)
         panel = notebook.locator(".dg-panel")
-        for dtype, verdict in (("omitted", "✖ Fails"), ("bfloat16", "✔ Works")):
+        for dtype, verdict in (("float32", "✖ Fails"), ("auto", "✔ Works")):
             panel.get_by_label("dtype", exact=True).select_option(dtype)
             panel.get_by_role("button", name="Run").click()
             expect(panel.locator(".dg-verdict")).to_contain_text(verdict)
