@@ -77,7 +77,7 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
             self.button.remove_class("dg-busy")
 
     def __repr__(self) -> str:
-        return f"Explore panel with {len(self.knobs)} settings and Run; it needs a running kernel."
+        return f"Run this cell to see the panel: {len(self.knobs)} settings and a Run button."
 
 
 def explore(plan: LoadPlan | None = None) -> ExplorePanel:

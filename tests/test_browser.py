@@ -152,6 +152,26 @@ def test_jupyterlab_takes_no_key_from_a_control(lab, notebook, panel):
     expect(notebook.locator(".jp-Cell.jp-mod-active .dg-panel")).to_have_count(1)
 
 
+def test_the_focus_is_seen_on_every_control_and_escape_leads_out(lab, panel):
+    page, _ = lab
+    for control in [*panel.get_by_role("combobox").all(), panel.get_by_role("button", name="Run")]:
+        walk(page, "Tab", control)
+        look = control.evaluate(
+            "e => [getComputedStyle(e).outlineStyle, getComputedStyle(e).outlineWidth]"
+        )
+        assert look == ["solid", "2px"]
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.matches('.jp-Cell')")
+
+
+def test_a_press_that_the_kernel_cannot_hear_gets_an_answer(panel):
+    button = panel.get_by_role("button", name="Run")
+    button.evaluate("e => e.classList.add('jupyter-widgets-disconnected')")  # as a restart does
+    button.press("Enter")
+    expect(panel.locator(".dg-status")).to_contain_text("run this notebook again from the top")
+    expect(panel.locator(".dg-verdict")).to_have_count(0)
+
+
 def test_a_run_is_spoken_and_a_second_press_does_not_count(lab, panel):
     page, _ = lab
     panel.evaluate(WATCH)
@@ -160,7 +180,8 @@ def test_a_run_is_spoken_and_a_second_press_does_not_count(lab, panel):
     expect(panel.locator(".dg-status")).to_contain_text("Run 2 is done.")
     noticed = page.evaluate("noticed")
     assert all(live for live, _, _ in noticed)
-    assert {text for _, busy, text in noticed if busy == "true"} >= {"Ready.", "Running ..."}
+    while_busy = {text for _, busy, text in noticed if busy == "true"}
+    assert while_busy >= {"Waiting for the kernel ...", "Running ..."}
     assert noticed[-1][1:] == ["false", f"Run 2 is done. ✖ Fails: {ERROR}"]
     expect(panel.locator(".dg-table tbody tr")).to_have_count(2)
 

@@ -139,8 +139,9 @@ def test_code_cells_are_short(path):
 
 @pytest.mark.parametrize("path", LESSONS, ids=name)
 def test_a_lesson_ends_with_the_panel_and_three_things_to_remember(path):
-    *_, panel, last = read(path).cells
+    *_, panel, solution, last = read(path).cells
     assert "explore(" in panel.source
+    assert solution.source.startswith("<details><summary>Solution")
     assert last.source.startswith("## What to remember")
     assert len(re.findall(r"^\d\. ", last.source, re.M)) == 3
 

@@ -125,5 +125,5 @@ def test_a_folder_that_is_no_checkpoint_gets_a_sentence(tmp_path):
 
 def test_where_no_widget_shows_its_text_does():
     assert repr(panels.explore()) == (
-        "Explore panel with 5 settings and Run; it needs a running kernel."
+        "Run this cell to see the panel: 5 settings and a Run button."
     )

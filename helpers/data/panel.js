@@ -17,8 +17,24 @@
     }
   });
 
-  const wait = (event) => event.target.closest?.(".dg-run.dg-busy") && event.stopImmediatePropagation();
-  document.addEventListener("click", wait, true);
+  // A busy kernel hears of a press late and a restarted one never, so the page answers first.
+  document.addEventListener("click", (event) => {
+    const run = event.target.closest?.(".dg-run");
+    if (!run) return;
+    const status = run.closest(".dg-panel").querySelector(".dg-status .widget-html-content");
+    const gone = run.matches(".jupyter-widgets-disconnected");
+    if (gone || run.matches(".dg-busy")) event.stopImmediatePropagation();
+    if (gone) status.textContent = "The kernel was restarted: run this notebook again from the top.";
+    else if (!run.matches(".dg-busy")) {
+      status.textContent = "Waiting for the kernel ...";
+      run.classList.add("dg-busy"); // the kernel takes it away when the run is done
+    }
+  }, true);
+
+  // The panel keeps all keys, so it needs a way back to the notebook.
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") event.target.closest?.(".dg-panel")?.closest(".jp-Cell")?.focus();
+  });
 
   const copy = async (text) => {
     if (navigator.clipboard) return navigator.clipboard.writeText(text);
