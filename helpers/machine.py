@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from packaging.markers import Marker
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
-from helpers import checkpoints
+# Nothing else that could be missing is imported up here: this report is for those who miss it.
+if TYPE_CHECKING:
+    from packaging.markers import Marker
+    from packaging.requirements import Requirement
 
 PROJECT = "flashattention-dtype-guide"
 ROOM = 50 * 2**20  # six checkpoints of at most 2 MB, with room to spare
@@ -66,34 +65,39 @@ def report() -> bool:
 
 def python_version(found: tuple[int, ...]) -> Check:
     """A Python that the guide was made for, as its installed metadata says."""
+    from packaging.specifiers import SpecifierSet
+
     text = ".".join(map(str, found))
     wanted = SpecifierSet(metadata(PROJECT)["Requires-Python"])
     return Check("Python", text, "" if text in wanted else f"install Python {wanted}")
 
 
-def requirements() -> list[Requirement]:
+def requirements() -> "list[Requirement]":
     """The project's own direct dependencies, and what their extras add, such as the `kernels` of
     `transformers[kernels]`; from the installed metadata."""
     own = _required(PROJECT, "")
     return own + [r for o in own for extra in o.extras for r in _required(o.name, extra)]
 
 
-def _required(name: str, extra: str) -> list[Requirement]:
+def _required(name: str, extra: str) -> "list[Requirement]":
     """What a package needs here: by itself, or only for one of its extras."""
     try:
-        parsed = [Requirement(line) for line in requires(name) or []]
+        lines = requires(name) or []
     except PackageNotFoundError:
         return []
+    from packaging.requirements import Requirement
+
+    parsed = [Requirement(line) for line in lines]
     if not extra:
         return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
     return [r for r in parsed if r.marker and _only_for(extra, r.marker)]
 
 
-def _only_for(extra: str, marker: Marker) -> bool:
+def _only_for(extra: str, marker: "Marker") -> bool:
     return marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
-def package(requirement: Requirement) -> Check:
+def package(requirement: "Requirement") -> Check:
     """Installed, and in the range that the guide was run with."""
     wanted = copy(requirement)
     wanted.marker = None  # its quotes would end the quotes below
@@ -108,6 +112,8 @@ def package(requirement: Requirement) -> Check:
 
 def cache_folder() -> Check:
     """The checkpoints can be made and kept."""
+    from helpers import checkpoints
+
     folder = checkpoints.get("bf16")
     if checkpoints.cache() not in folder.parents:
         way_out = f"set {checkpoints.CACHE} to a folder that can be written"
@@ -136,7 +142,7 @@ def one_run() -> Check:
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
-    except (checkpoints.CheckpointError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # of our own modules: a sentence with the way out
         return Check(name, "not possible", str(error))
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
