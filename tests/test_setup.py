@@ -136,7 +136,8 @@ def test_every_line_of_the_conda_file_says_what_needs_it() -> None:
 
 @needs_git
 def test_no_file_names_a_machine_or_an_index() -> None:
-    forbidden = [f"/{name}/" for name in ("work", "root")]
+    # The folders above this clone and the home folder, wherever they are on this machine.
+    forbidden = [f"{folder}{os.sep}" for folder in (ROOT, Path.home()) if len(folder.parts) > 1]
     forbidden += [".".join(host) for host in (("pypi", "org"), ("files", "pythonhosted"))]
     forbidden += [".".join(("download", "pytorch")), ".".join(("conda", "anaconda", "org"))]
     listing = subprocess.run(
