@@ -12,8 +12,8 @@ VENV_PYTHON := .venv/bin/python
 # Keeps the files of Jupyter, IPython and Matplotlib inside the clone.
 RUN := $(VENV_PYTHON) tools/lab.py --
 
-FIND_PYTHON = command -v $(firstword $(PYTHON)) >/dev/null || { \
-	echo "Found no command $(firstword $(PYTHON)), expected Python" \
+FIND_PYTHON = command -v "$(PYTHON)" >/dev/null || { \
+	echo "Found no command $(PYTHON), expected Python" \
 	"$$(sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml): install one and name it," \
 	"for example: make setup PYTHON=/opt/python/bin/python3" >&2; exit 1; }
 
@@ -24,7 +24,7 @@ help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make .venv and install everything into it; nothing to do the second time
-	@$(VENV_PYTHON) tools/set_up.py --check 2>/dev/null || { $(FIND_PYTHON); $(PYTHON) tools/set_up.py; }
+	@$(VENV_PYTHON) tools/set_up.py --check 2>/dev/null || { $(FIND_PYTHON); "$(PYTHON)" tools/set_up.py; }
 
 lab: setup ## Open the guide in JupyterLab
 	@$(VENV_PYTHON) tools/lab.py $(LAB_FLAGS)
@@ -46,7 +46,7 @@ notebooks: setup ## Execute every notebook again and store its outputs
 
 lock: ## Write constraints.txt anew from pyproject.toml
 	@$(FIND_PYTHON)
-	$(PYTHON) tools/lock.py
+	"$(PYTHON)" tools/lock.py
 
 clean: ## Remove .venv and everything else that these commands made in this folder
 	rm -rf .venv .jupyter .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -219,7 +219,7 @@ def outcome_html(outcome: Outcome) -> str:
     if said := [*outcome.warnings, *outcome.logs]:
         lines = "".join(f"<li>{escape(line)}</li>" for line in said)
         parts.append(_details_html(f"Warnings and log lines ({len(said)})", f"<ul>{lines}</ul>"))
-    parts.append(_snippet_html(outcome.snippet))
+    parts.append(_snippet_html(outcome))
     parts.append(f'<p class="dg-small">{escape(measured_with(outcome))}</p>')
     return f'<div class="dg-outcome">{"".join(parts)}</div>'
 
@@ -313,14 +313,16 @@ def _pre_html(label: str, text: str) -> str:
     return f'<pre tabindex="0" role="group" aria-label="{escape(label)}">{code}</pre>'
 
 
-def _snippet_html(code: str) -> str:
+def _snippet_html(outcome: Outcome) -> str:
     """The button stays hidden until panel.js is there to serve it. JupyterLab would take a bare
     ``hidden`` away while it does not trust the notebook."""
+    works = outcome.ok and outcome.finite
+    label = "for a machine with FlashAttention" if works else "which goes wrong in the same way"
     return (
-        '<div class="dg-snippet"><div class="dg-bar"><span>The same, for your script</span>'
+        f'<div class="dg-snippet"><div class="dg-bar"><span>The same as a script, {label}</span>'
         '<button type="button" class="dg-copy" hidden="hidden">Copy</button>'
         '<span class="dg-copied" role="status"></span></div>'
-        f"{_pre_html('Code to paste', code)}</div>"
+        f"{_pre_html('Code to paste', outcome.snippet)}</div>"
     )
 
 

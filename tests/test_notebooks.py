@@ -45,7 +45,8 @@ def test_all_five_notebooks_are_here():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_every_code_cell_has_a_stored_run_in_one_session(path):
     cells = code_cells(path)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    counts = [cell.execution_count for cell in cells]
+    assert counts == list(range(1, len(cells) + 1)), "saved after another run: make notebooks"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -107,7 +108,7 @@ def test_reports_of_two_machines_are_the_same_to_the_comparison():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_no_widget_state_and_no_folder_of_a_machine_is_stored(path):
-    assert "widgets" not in read(path).metadata
+    assert "widgets" not in read(path).metadata, "saved by JupyterLab: make notebooks"
     text = path.read_text("utf-8")
     assert not re.search(r"widget-view\+json|(?<![\w.~])/(?:home|root|tmp|Users)/", text)
     assert str(ROOT) not in text

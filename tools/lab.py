@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # As a default address, and not as a file to open, so that `--no-browser` prints it too.
 START = "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"
 SETTINGS = {
-    # Answers JupyterLab's first question, whether it may fetch news, with no.
+    # Answers JupyterLab's first question, whether it may fetch news, with no. And what a learner
+    # runs does not by itself replace the stored outputs, with which `make test` compares.
     "labconfig/default_setting_overrides.json": {
-        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}
+        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"},
+        "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
     },
     # The guide needs no language server, and the search for one runs npm, which writes into ~/.npm.
     "jupyter_server_config.json": {"LanguageServerManager": {"autodetect": False}},
