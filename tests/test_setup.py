@@ -141,7 +141,7 @@ def test_no_file_names_a_machine_or_an_index() -> None:
     forbidden += [".".join(host) for host in (("pypi", "org"), ("files", "pythonhosted"))]
     forbidden += [".".join(("download", "pytorch")), ".".join(("conda", "anaconda", "org"))]
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files", "-z"],
         cwd=ROOT,
         check=True,
         capture_output=True,
