@@ -118,7 +118,8 @@ class Outcome:
         text: the generated answer.
         max_logit_gap: the largest distance of a logit of the prompt from the same checkpoint loaded
             in float32 with sdpa; inf or nan where the logits are not finite; None also for a
-            checkpoint above ``REFERENCE_LIMIT``, which is not loaded a second time.
+            checkpoint above ``REFERENCE_LIMIT``, which is not loaded a second time, and for a hub
+            id that is not in the cache yet.
         warnings, logs: what Python warned of and what the libraries logged, in order.
         seconds: wall time of load, forward and generate on this machine's ``backend``, with the
             watching of the gate, which costs most on a GPU.
@@ -179,8 +180,9 @@ def run(plan: LoadPlan) -> Outcome:
     with _one_at_a_time, state.as_before():
         uses_flash = plan.attention == "flash_attention_2"
         here = backend.activate() if uses_flash else backend.detect()
-        _few_threads(path)
-        reference = _reference(path, plan.question)
+        size = _weight_bytes(path)
+        _few_threads(size)
+        reference = _reference(path, plan.question, size)
         with state.listening() as (heard, warned):
             measured = _measure(plan, path, here, reference)
     files = local_folder(path)
@@ -398,12 +400,12 @@ def _measure(
     return replace(outcome, seconds=time.perf_counter() - started)
 
 
-def _few_threads(path: str) -> None:
+def _few_threads(size: int) -> None:
     """One thread for a small model: waking a second one takes longer than its share of the work,
     and much longer where a room of learners shares the cores."""
     import torch
 
-    if 0 < _weight_bytes(path) < SMALL:
+    if 0 < size < SMALL:
         torch.set_num_threads(1)
 
 
@@ -439,9 +441,9 @@ def parameter_dtypes(model: Any) -> dict[str, int]:
     return {str(name): count for name, count in counts.most_common()}
 
 
-def _reference(path: str, question: str) -> "torch.Tensor | None":
+def _reference(path: str, question: str, size: int) -> "torch.Tensor | None":
     """The prompt's logits in float32; None where that does not run, or would fill the memory."""
-    if 0 < _weight_bytes(path) < REFERENCE_LIMIT:
+    if 0 < size < REFERENCE_LIMIT:
         with contextlib.suppress(Exception), state.listening():
             return _reference_logits(path, question, _fingerprint(path))
     return None

@@ -174,11 +174,8 @@ def stations(outcome: Outcome) -> list[Station]:
         unused = f"none in {outcome.plan.attention}"
         return [*road, Station("after the rescue cast", unused), Station("gate", unused)]
     if not accepted:
-        return [
-            *road,
-            Station("after the rescue cast", unseen := "not seen" if outcome.ok else "not reached"),
-            Station("gate", unseen),
-        ]
+        unseen = "not seen" if outcome.ok else "not reached"
+        return [*road, Station("after the rescue cast", unseen), Station("gate", unseen)]
     passed = all(accepted)
     return [
         *road,
