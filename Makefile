@@ -1,6 +1,6 @@
 # The guide's commands; `make` alone lists them. For GNU make 3.81 (macOS) and newer.
 
-# Which Python makes .venv: make setup PYTHON=python3.12
+# Which Python makes .venv and .venv-v4: make setup PYTHON=python3.12
 PYTHON ?= python3
 # Passed on to JupyterLab: make lab LAB_FLAGS="--no-browser --port 8899"
 LAB_FLAGS ?=
@@ -9,22 +9,26 @@ LAB_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 VENV_PYTHON := .venv/bin/python
+V4_PYTHON := .venv-v4/bin/python
 # Keeps the files of Jupyter, IPython and Matplotlib inside the clone.
 RUN := $(VENV_PYTHON) tools/lab.py --
 
 FIND_PYTHON = command -v "$(PYTHON)" >/dev/null || { \
 	echo "Found no command $(PYTHON), expected Python" \
 	"$$(sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml): install one and name it," \
-	"for example: make setup PYTHON=/opt/python/bin/python3" >&2; exit 1; }
+	"for example: make $@ PYTHON=/opt/python/bin/python3" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint bench notebooks lock clean
+.PHONY: help setup setup-v4 lab test lint bench notebooks matrix lock clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make .venv and install everything into it; nothing to do the second time
 	@$(VENV_PYTHON) tools/set_up.py --check 2>/dev/null || { $(FIND_PYTHON); "$(PYTHON)" tools/set_up.py; }
+
+setup-v4: ## The same for .venv-v4, which has Transformers 4
+	@$(V4_PYTHON) tools/set_up.py --v4 --check 2>/dev/null || { $(FIND_PYTHON); "$(PYTHON)" tools/set_up.py --v4; }
 
 lab: setup ## Open the guide in JupyterLab
 	@$(VENV_PYTHON) tools/lab.py $(LAB_FLAGS)
@@ -44,10 +48,14 @@ bench: setup ## Measure the guide against the bare libraries
 notebooks: setup ## Execute every notebook again and store its outputs
 	$(RUN) tools/notebooks.py
 
-lock: ## Write constraints.txt anew from pyproject.toml
+matrix: setup setup-v4 ## Run the table of loads on Transformers 5 and 4 and store what came out
+	$(RUN) tools/matrix.py
+	$(V4_PYTHON) tools/lab.py -- tools/matrix.py
+
+lock: ## Write constraints.txt and constraints-v4.txt anew
 	@$(FIND_PYTHON)
 	"$(PYTHON)" tools/lock.py
 
-clean: ## Remove .venv and everything else that these commands made in this folder
-	rm -rf .venv .jupyter .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-v4 and everything else that these commands made in this folder
+	rm -rf .venv .venv-v4 .jupyter .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -40,12 +40,13 @@ def run(quick: bool) -> Iterator[Row]:
     from transformers.utils import logging
 
     from helpers import backend, checkpoints, experiment
+    from helpers.plan import MAX_NEW_TOKENS, LoadPlan
 
-    path = checkpoints.get(experiment.LoadPlan().checkpoint)
+    path = checkpoints.get(LoadPlan().checkpoint)
     backend.activate()
     logging.set_verbosity_error()  # run() prints nothing either
     logging.disable_progress_bar()
-    options = {"max_new_tokens": experiment.MAX_NEW_TOKENS, "do_sample": False}
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
 
     def bare() -> None:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="flash_attention_2")
@@ -56,14 +57,14 @@ def run(quick: bool) -> Iterator[Row]:
             tokenizer.decode(model.generate(**inputs, **options)[0])
 
     with one_thread():  # run() takes one too, which must not count in its favour
-        sides = timed(partial(experiment.run, experiment.LoadPlan())), timed(bare)
+        sides = timed(partial(experiment.run, LoadPlan())), timed(bare)
         yield Row("run(LoadPlan())", "ms", *interleave(*sides, 10 if quick else 40), 1.3)
 
 
 def click(quick: bool) -> Iterator[Row]:
     """The panel's Run button at several settings, after a first round that fills the caches."""
-    from helpers.experiment import LoadPlan
     from helpers.panels import ExplorePanel
+    from helpers.plan import LoadPlan
 
     plans = list(product(("bf16", "fp32", "overflow"), ("omitted", "float16", "float32")))
     panel = ExplorePanel(LoadPlan())

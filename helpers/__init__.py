@@ -8,19 +8,23 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # what type checkers take for True; importing typing costs milliseconds
 if TYPE_CHECKING:
-    from helpers.experiment import LoadPlan, Outcome, PlanError, run, versions
+    from helpers.checklist import same_dtype
+    from helpers.errors import PlanError
+    from helpers.experiment import Outcome, run, versions
     from helpers.panels import explore
+    from helpers.plan import LoadPlan
 
 _HOME_OF = {
-    "LoadPlan": "helpers.experiment",
+    "LoadPlan": "helpers.plan",
     "Outcome": "helpers.experiment",
-    "PlanError": "helpers.experiment",
+    "PlanError": "helpers.errors",
     "run": "helpers.experiment",
+    "same_dtype": "helpers.checklist",
     "versions": "helpers.experiment",
     "explore": "helpers.panels",
 }
 
-__all__ = ["LoadPlan", "Outcome", "PlanError", "explore", "run", "versions"]
+__all__ = ["LoadPlan", "Outcome", "PlanError", "explore", "run", "same_dtype", "versions"]
 
 
 def __getattr__(name: str) -> object:

@@ -2,12 +2,15 @@
 
 Transformers decides by itself between the ``flash_attn`` package and the prebuilt kernel that the
 ``kernels`` library downloads. Where neither can run, the reference kernel takes the place of the
-download, through the documented ``LOCAL_KERNELS`` override of the ``kernels`` library. No function
-of any library is replaced.
+download: under Transformers 5 through the documented ``LOCAL_KERNELS`` override of the ``kernels``
+library, under Transformers 4, whose ``kernels`` is older, as a download that is in its cache
+already. No function of any library is replaced.
 """
 
 import functools
+import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Literal
 BackendName = Literal["flash_attn", "hub-kernel", "reference"]
 
 KERNEL_FOLDER = Path(__file__).parent / "reference_kernel"
+HUB_CACHE = KERNEL_FOLDER / "hub-cache"  # the same kernel as the hub's cache would hold it
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,18 @@ def activate() -> Backend:
     you like.
 
     On a machine without a usable FlashAttention this sets ``LOCAL_KERNELS`` (read by the
-    ``kernels`` library when a model is loaded), and nothing else.
+    ``kernels`` library when a model is loaded), and nothing else. Under Transformers 4 it sets
+    ``KERNELS_CACHE`` and ``HF_HUB_OFFLINE`` instead, which are read when the libraries are
+    imported, so there it has to be called first.
 
     Raises:
         RuntimeError: Transformers would use a ``flash_attn`` that refuses this GPU; or the process
             tried to load FlashAttention before and failed, which Transformers does not recover
-            from; or the override cannot name the kernel's folder.
+            from; or the override cannot name the kernel's folder; or, under Transformers 4, the
+            libraries were imported before with other settings.
     """
+    if is_old():
+        return _activate_old()
     backend = detect()
     if backend.name == "flash_attn":
         _refuse_old_gpu()
@@ -62,6 +71,48 @@ def activate() -> Backend:
     return backend
 
 
+def _activate_old() -> Backend:
+    """The way of ``kernels`` 0.11.4 to 0.12, which know no override.
+
+    Found by running it: with these two variables the library finds the reference kernel as a
+    download that is complete.
+    """
+    wanted = {"KERNELS_CACHE": str(HUB_CACHE), "HF_HUB_OFFLINE": "1"}
+    if "huggingface_hub" not in sys.modules and not (_has_gpu() and _has_package()):
+        os.environ.update(wanted)
+    backend = detect()
+    if backend.name == "flash_attn":
+        _refuse_old_gpu()
+        return backend
+
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from kernels.utils import CACHE_DIR
+
+    if (str(HUB_CACHE), True) != (CACHE_DIR, HF_HUB_OFFLINE):
+        raise RuntimeError(
+            "Under Transformers 4 the reference kernel is switched on by variables that are read at"
+            " import: start Python anew and call activate() before transformers is imported, or set"
+            f" KERNELS_CACHE={HUB_CACHE} and HF_HUB_OFFLINE=1 before Python starts."
+        )
+    return backend
+
+
+@functools.cache
+def is_old() -> bool:
+    """Whether the installed Transformers is of the generation before 5."""
+    return int(version("transformers").partition(".")[0]) < 5
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_package() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 @functools.cache
 def detect() -> Backend:
     """Find the backend without switching it on.
@@ -71,7 +122,7 @@ def detect() -> Backend:
     """
     import torch
 
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         return Backend("reference", "cpu", "No CUDA GPU is in use")
 
     from transformers.utils.import_utils import is_flash_attn_2_available
@@ -81,6 +132,8 @@ def detect() -> Backend:
         return Backend("flash_attn", "cuda", f"flash-attn {version('flash_attn')} on {gpu}")
     if _is_too_old():
         return Backend("reference", "cpu", f"{gpu} is older than FlashAttention-2 accepts")
+    if is_old():
+        return Backend("reference", "cpu", f"{gpu} is here, but flash-attn is not")
     if torch.version.hip is not None:
         # The hub's kernel for ROCm is another one (aiter), without FlashAttention-2's checks.
         return Backend("reference", "cpu", f"{gpu} is here, but flash-attn is not")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import platformdirs
 
 from helpers import state
+from helpers.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +54,6 @@ RECIPES = {
     "mislabelled": Recipe("float32", "bfloat16"),
     "overflow": Recipe("bfloat16", "bfloat16", overflow=True),
 }
-
-
-class CheckpointError(OSError):
-    """A checkpoint cannot be made or found; the message is one sentence with a way out."""
 
 
 def available() -> list[str]:

@@ -7,90 +7,32 @@ as a user would. Nothing in an Outcome is predicted.
 import contextlib
 import functools
 import json
-import os
 import platform
 import re
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import backend, checkpoints, state
+from helpers import adapter, backend, checkpoints, state
+from helpers.errors import PlanError
+from helpers.files import declared_dtype, dtype_name, file_dtypes, local_folder
 from helpers.gate import GateRecord, watch
+from helpers.plan import MAX_NEW_TOKENS, LoadPlan, listed, snippet
+from helpers.steps import STEPS, Context
 
 if TYPE_CHECKING:
     import torch
 
-HALF = ("bfloat16", "float16")
-DTYPES = ("omitted", "auto", *HALF, "float32")
-DEFAULT_DTYPES = (None, *HALF, "float32")
-AUTOCAST = (None, *HALF)
-ATTENTION = ("flash_attention_2", "sdpa", "eager")
-MAX_NEW_TOKENS = 32
 SMALL = 32 * 2**20  # bytes of weights
 REFERENCE_LIMIT = 2 * 2**30  # bytes of weights; twice as much in memory where they are 16 bit
 
 _one_at_a_time = threading.Lock()  # default dtype and log handlers belong to the process
-
-
-class PlanError(ValueError):
-    """A plan that cannot be run; the message is one sentence that says what was expected."""
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """What to load, and how.
-
-    Attributes:
-        checkpoint: a name from ``checkpoints.available()``, a folder, or a hub id.
-        dtype: the ``dtype=`` argument of ``from_pretrained``; ``"omitted"`` leaves it out.
-        default_dtype: what ``torch.set_default_dtype`` is set to around the load, or None.
-        attention: the ``attn_implementation=`` argument.
-        autocast: the dtype of the ``torch.autocast`` region around forward and generate, or None.
-        after_load: steps applied to the loaded model in this order, from ``STEPS``.
-        question: what the model is asked.
-
-    A ``torch.dtype`` may stand wherever the name of one may.
-    """
-
-    checkpoint: str | os.PathLike[str] = "bf16"
-    dtype: str = "omitted"
-    default_dtype: str | None = None
-    attention: str = "flash_attention_2"
-    autocast: str | None = None
-    after_load: tuple[str, ...] = ()
-    question: str = checkpoints.QUESTION
-
-    def __post_init__(self) -> None:
-        for name in ("dtype", "default_dtype", "autocast"):
-            object.__setattr__(self, name, _dtype_name(getattr(self, name)))
-        # from_pretrained knows no "~"; a Path would turn the slash of a hub id on Windows.
-        object.__setattr__(self, "checkpoint", os.path.expanduser(self.checkpoint))  # noqa: PTH111
-        steps: Any = self.after_load
-        object.__setattr__(self, "after_load", (steps,) if isinstance(steps, str) else tuple(steps))
-
-    def check(self) -> None:
-        """Raise PlanError where a field has a value that ``run`` does not know."""
-        for name, known in (
-            ("dtype", DTYPES),
-            ("default_dtype", DEFAULT_DTYPES),
-            ("attention", ATTENTION),
-            ("autocast", AUTOCAST),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise PlanError(f"{name}={value!r} is not known: use one of {_listed(known)}.")
-        if unknown := [step for step in self.after_load if step not in STEPS]:
-            raise PlanError(f"after_load has {unknown[0]!r}: use steps from {_listed(STEPS)}.")
-        if (
-            "merge" in self.after_load
-            and "lora" not in self.after_load[: self.after_load.index("merge")]
-        ):
-            raise PlanError("after_load has 'merge' with nothing to merge: put 'lora' before it.")
 
 
 class Versions(dict[str, str]):
@@ -113,17 +55,22 @@ class Outcome:
         declared_dtype: what config.json says they are; None where it says nothing.
         loaded_dtypes: dtypes of the parameters that ``from_pretrained`` returned, with counts.
         changed_dtypes: the same after the steps of ``after_load``; empty without steps.
-        gate: one ``GateRecord`` a layer.
+        training_gate: one ``GateRecord`` a layer, of the step ``train``.
+        gate: one ``GateRecord`` a layer, of ``generate`` if it got as far as the attention, else of
+            the forward pass.
         finite: whether all logits of the prompt are finite.
         text: the generated answer.
-        max_logit_gap: the largest distance of a logit of the prompt from the same checkpoint loaded
-            in float32 with sdpa; inf or nan where the logits are not finite; None also for a
-            checkpoint above ``REFERENCE_LIMIT``, which is not loaded a second time, and for a hub
+        max_logit_gap: the largest distance of a logit of the prompt from the same checkpoint, with
+            the plan's adapter, loaded in float32 with sdpa; after the step ``train`` it holds also
+            what was learned; inf or nan where the logits are not finite; None also for a checkpoint
+            above ``REFERENCE_LIMIT``, which is not loaded a second time, and for a hub
             id that is not in the cache yet.
         warnings, logs: what Python warned of and what the libraries logged, in order.
         seconds: wall time of load, forward and generate on this machine's ``backend``, with the
             watching of the gate, which costs most on a GPU.
         snippet: the code a person pastes into their own script.
+        recorded: not measured now, but read from the record of another environment, which holds no
+            frames, no ``max_logit_gap`` and no ``seconds``.
     """
 
     plan: LoadPlan
@@ -135,6 +82,7 @@ class Outcome:
     declared_dtype: str | None = None
     loaded_dtypes: dict[str, int] = field(default_factory=dict)
     changed_dtypes: dict[str, int] = field(default_factory=dict)
+    training_gate: tuple[GateRecord, ...] = ()
     gate: tuple[GateRecord, ...] = ()
     finite: bool | None = None
     text: str | None = None
@@ -145,6 +93,7 @@ class Outcome:
     backend: str = ""
     seconds: float = 0.0
     snippet: str = ""
+    recorded: bool = False
 
     @property
     def ok(self) -> bool:
@@ -167,9 +116,10 @@ class Outcome:
 def run(plan: LoadPlan) -> Outcome:
     """Carry out the plan and measure.
 
-    An exception inside the libraries becomes part of the Outcome. The default dtype, environment,
-    registered attention functions, log levels, random state and warning filters are afterwards as
-    they were before, also on Ctrl-C.
+    An exception inside the libraries becomes part of the Outcome. On a CPU under Transformers 4,
+    autocast counts for the rescue cast as it does on a GPU (``gate.watch`` says how). The default
+    dtype, environment, registered attention functions, log levels, random state and warning filters
+    are afterwards as they were before, also on Ctrl-C.
 
     Raises:
         PlanError: the plan itself is at fault.
@@ -177,19 +127,21 @@ def run(plan: LoadPlan) -> Outcome:
     """
     plan.check()
     path = resolve(str(plan.checkpoint))
+    if plan.adapter is not None:
+        adapter.read(plan.adapter)
     with _one_at_a_time, state.as_before():
         uses_flash = plan.attention == "flash_attention_2"
         here = backend.activate() if uses_flash else backend.detect()
         size = _weight_bytes(path)
         _few_threads(size)
-        reference = _reference(path, plan.question, size)
+        reference = _reference(path, plan, size)
         with state.listening() as (heard, warned):
             measured = _measure(plan, path, here, reference)
     files = local_folder(path)
     return replace(
         measured,
-        file_dtypes=file_dtypes(files),
-        declared_dtype=declared_dtype(files),
+        file_dtypes=file_dtypes(files) if files else {},
+        declared_dtype=declared_dtype(files) if files else None,
         warnings=tuple(dict.fromkeys(str(w.message) for w in warned)),
         logs=tuple(dict.fromkeys(heard)),
         versions=versions(),
@@ -209,96 +161,11 @@ def resolve(checkpoint: str) -> str:
     if checkpoint and Path(checkpoint).is_dir():
         _require_model(Path(checkpoint))
         return checkpoint
-    expected = f"one of {_listed(checkpoints.available())}, a folder, or a hub id like 'org/model'"
+    expected = f"one of {listed(checkpoints.available())}, a folder, or a hub id like 'org/model'"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise PlanError(f"{checkpoint!r} is not a checkpoint: expected {expected}.")
     _require_reachable(checkpoint, expected)
     return checkpoint
-
-
-def file_dtypes(path: str) -> dict[str, int]:
-    """The dtypes of the tensors in a folder's safetensors files, with counts; read from the files'
-    headers. Empty for other formats.
-
-    Raises:
-        PlanError: a file is not what its name says.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-    found: Counter[str] = Counter()
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found.update(tensors.get_slice(key).get_dtype() for key in tensors.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise PlanError(
-                f"{str(file)!r} is not a complete safetensors file ({error}): copy or download it"
-                " again; if it is a Git LFS pointer, run 'git lfs pull'."
-            ) from error
-    return {names.get(code, code): count for code, count in found.most_common()}
-
-
-def declared_dtype(path: str) -> str | None:
-    """``dtype`` in a folder's config.json (``torch_dtype`` before Transformers 4.56), or None.
-
-    Raises:
-        PlanError: the file is not a JSON object.
-    """
-    file = Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        return _dtype_name(config.get("dtype", config.get("torch_dtype")))
-    except (ValueError, AttributeError) as error:
-        raise PlanError(
-            f"{str(file)!r} is not a JSON object ({error}): copy or download it again."
-        ) from error
-
-
-def local_folder(path: str) -> str:
-    """Where the files of a checkpoint are: the folder itself, or a hub id's newest snapshot in the
-    Hugging Face cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(path).is_dir():
-        return path
-    cached = try_to_load_from_cache(path, "config.json")
-    return str(Path(cached).parent) if isinstance(cached, str) else path
-
-
-def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
-    """The plan as lines to paste, spelled for a Transformers version (default: the installed one).
-
-    ``dtype=`` is the name from 4.56 on, ``torch_dtype=`` before (huggingface/transformers#39782).
-    """
-    own = str(plan.checkpoint) not in checkpoints.available()
-    path = _quoted(str(plan.checkpoint) if own else "path/to/your-model")
-    numbers = re.findall(r"\d+", transformers_version or versions()["transformers"])
-    release = tuple(map(int, numbers[:2]))
-    keyword = "dtype" if release >= (4, 56) else "torch_dtype"
-    value = '"auto"' if plan.dtype == "auto" else f"torch.{plan.dtype}"
-
-    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f"path = {path}", "tokenizer = AutoTokenizer.from_pretrained(path)"]
-    if plan.default_dtype:
-        lines += ["before = torch.get_default_dtype()"]
-        lines += [f"torch.set_default_dtype(torch.{plan.default_dtype})"]
-    lines += ["model = AutoModelForCausalLM.from_pretrained(", "    path,"]
-    if plan.dtype != "omitted":
-        lines += [f"    {keyword}={value},"]
-    lines += [f'    attn_implementation="{plan.attention}",', ")"]
-    if plan.default_dtype:
-        lines += ["torch.set_default_dtype(before)"]
-    lines += ["if torch.cuda.is_available():", '    model = model.to("cuda")']
-    lines += [line for step in plan.after_load for line in STEPS[step].lines]
-    question = _quoted(plan.question)
-    lines += ["", f'inputs = tokenizer({question}, return_tensors="pt").to(model.device)']
-    call = f"output = model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)"
-    if plan.autocast:
-        lines += [f"with torch.autocast(model.device.type, dtype=torch.{plan.autocast}):"]
-        call = "    " + call
-    lines += [call, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
-    return "\n".join(lines) + "\n"
 
 
 @functools.cache
@@ -311,60 +178,21 @@ def versions() -> Versions:
     return Versions(found)
 
 
-@dataclass(frozen=True)
-class Step:
-    """A change to a loaded model: the function that makes it, and the lines that a person types."""
-
-    apply: Callable[[Any], Any]
-    lines: tuple[str, ...]
-
-
-def _add_lora(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))
-
-
-def _prepare_kbit(model: Any) -> Any:
-    from peft import prepare_model_for_kbit_training
-
-    return prepare_model_for_kbit_training(model)
-
-
-STEPS = {
-    "float": Step(lambda model: model.float(), ("model = model.float()",)),
-    "half": Step(lambda model: model.half(), ("model = model.half()",)),
-    "bfloat16": Step(lambda model: model.bfloat16(), ("model = model.bfloat16()",)),
-    "lora": Step(
-        _add_lora,
-        (
-            "from peft import LoraConfig, get_peft_model",
-            'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))',
-        ),
-    ),
-    "merge": Step(lambda model: model.merge_and_unload(), ("model = model.merge_and_unload()",)),
-    "prepare_kbit": Step(
-        _prepare_kbit,
-        (
-            "from peft import prepare_model_for_kbit_training",
-            "model = prepare_model_for_kbit_training(model)",
-        ),
-    ),
-}
-
-
 def _measure(
     plan: LoadPlan, path: str, here: backend.Backend, reference: "torch.Tensor | None"
 ) -> Outcome:
     import torch
 
     outcome = Outcome(plan)
+    seen: dict[str, list[GateRecord]] = {}
     started = time.perf_counter()
     try:
         model, tokenizer = _load(plan, path, here)
         outcome = replace(outcome, stage="after_load", loaded_dtypes=parameter_dtypes(model))
-        for step in plan.after_load:
-            model = STEPS[step].apply(model)
+        context = Context(tokenizer, plan.attention)
+        for name, change in _changes(plan):
+            with watch(model) as seen[name]:
+                model = change(model, context)
             outcome = replace(outcome, changed_dtypes=parameter_dtypes(model))
         outcome = replace(outcome, stage="forward")
         model.eval()
@@ -374,17 +202,15 @@ def _measure(
                 f"The tokenizer of {path!r} makes no token of {plan.question!r}: ask something, and"
                 " give a folder that holds the tokenizer's files too."
             )
-        records: list[GateRecord] = []
-        try:
-            with torch.inference_mode(), _autocast(plan, here), watch(model) as records:
+        with torch.inference_mode(), _autocast(plan, here):
+            with watch(model) as seen["forward"]:
                 logits = model(**inputs).logits.float().cpu()
-                outcome = replace(outcome, stage="generate", finite=bool(logits.isfinite().all()))
-                if reference is not None:
-                    gap = float((logits - reference).abs().max())
-                    outcome = replace(outcome, max_logit_gap=gap)
+            outcome = replace(outcome, stage="generate", finite=bool(logits.isfinite().all()))
+            if reference is not None:
+                gap = float((logits - reference).abs().max())
+                outcome = replace(outcome, max_logit_gap=gap)
+            with watch(model) as seen["generate"]:
                 output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        finally:
-            outcome = replace(outcome, gate=tuple(records))
         answer = output[0, inputs["input_ids"].shape[1] :]
         text = tokenizer.decode(answer, skip_special_tokens=True).strip()
         outcome = replace(outcome, stage="done", text=text)
@@ -397,7 +223,21 @@ def _measure(
             error=str(error),
             frames=_frames(error),
         )
-    return replace(outcome, seconds=time.perf_counter() - started)
+    return replace(
+        outcome,
+        training_gate=tuple(seen.get("train", ())),
+        gate=tuple(seen.get("generate") or seen.get("forward") or ()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _changes(plan: LoadPlan) -> Iterator[tuple[str, Callable[[Any, Context], Any]]]:
+    """What is done to the loaded model, by name: the plan's adapter, then its steps."""
+    if plan.adapter is not None:
+        folder = plan.adapter
+        yield "adapter", lambda model, _: adapter.attach(model, folder)
+    for name in plan.after_load:
+        yield name, STEPS[name].apply
 
 
 def _few_threads(size: int) -> None:
@@ -411,14 +251,15 @@ def _few_threads(size: int) -> None:
 
 def _weight_bytes(path: str) -> int:
     """The size of a checkpoint's files on this disk; 0 for a hub id that is not here yet."""
-    folder = Path(local_folder(path))
+    if (folder := local_folder(path)) is None:
+        return 0
     return sum(f.stat().st_size for end in ("safetensors", "bin") for f in folder.glob(f"*.{end}"))
 
 
 def _load(plan: LoadPlan, path: str, here: backend.Backend) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = {} if plan.dtype == "omitted" else {"dtype": _dtype_argument(plan.dtype)}
+    dtype = {} if plan.dtype == "omitted" else {plan.keyword: _dtype_argument(plan.dtype)}
     with state.default_dtype(plan.default_dtype):
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, attn_implementation=plan.attention, **dtype
@@ -437,20 +278,24 @@ def parameter_dtypes(model: Any) -> dict[str, int]:
 
     Parameters are scanned because ``config.dtype`` keeps its old value after ``model.float()``.
     """
-    counts = Counter(_dtype_name(p.dtype) for p in model.parameters())
-    return {str(name): count for name, count in counts.most_common()}
+    counts = Counter(dtype_name(p.dtype) for p in model.parameters())
+    return dict(counts.most_common())
 
 
-def _reference(path: str, question: str, size: int) -> "torch.Tensor | None":
+def _reference(path: str, plan: LoadPlan, size: int) -> "torch.Tensor | None":
     """The prompt's logits in float32; None where that does not run, or would fill the memory."""
     if 0 < size < REFERENCE_LIMIT:
+        folder = None if plan.adapter is None else str(plan.adapter)
+        files = _fingerprint(path) + (_fingerprint(folder) if folder else ())
         with contextlib.suppress(Exception), state.listening():
-            return _reference_logits(path, question, _fingerprint(path))
+            return _reference_logits(path, folder, plan.question, files)
     return None
 
 
 @functools.lru_cache(maxsize=16)
-def _reference_logits(path: str, question: str, fingerprint: tuple[int, ...]) -> "torch.Tensor":
+def _reference_logits(
+    path: str, adapter_folder: str | None, question: str, fingerprint: tuple[int, ...]
+) -> "torch.Tensor":
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -463,6 +308,8 @@ def _reference_logits(path: str, question: str, fingerprint: tuple[int, ...]) ->
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="sdpa"
         )
+        if adapter_folder is not None:
+            model = adapter.attach(model, adapter_folder).eval()
         inputs = AutoTokenizer.from_pretrained(path)(question, return_tensors="pt")
         logits: torch.Tensor = model(**inputs).logits
         return logits
@@ -490,8 +337,8 @@ def _frames(error: BaseException) -> tuple[str, ...]:
 def _require_model(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise PlanError(
-            f"The folder {str(folder)!r} holds a LoRA adapter and no model: merge the two with"
-            " merge_and_unload() and give the folder that save_pretrained wrote."
+            f"The folder {str(folder)!r} holds a LoRA adapter and no model: give its base,"
+            f" {adapter.base_of(folder)!r}, as checkpoint= and this folder as adapter=."
         )
     if not (folder / "config.json").is_file():
         raise PlanError(
@@ -503,8 +350,8 @@ def _require_model(folder: Path) -> None:
             f"The folder {str(folder)!r} has a config.json and no weights: put the *.safetensors"
             " files beside it, or give the folder that save_pretrained wrote."
         )
-    declared_dtype(str(folder))
-    file_dtypes(str(folder))
+    declared_dtype(folder)
+    file_dtypes(folder)
 
 
 def _require_reachable(hub_id: str, expected: str) -> None:
@@ -521,19 +368,6 @@ def _require_reachable(hub_id: str, expected: str) -> None:
         f"{hub_id!r} is neither a folder, nor in the Hugging Face cache, nor to be had from the hub"
         f" ({reason}): expected {expected}; a hub id needs network at first."
     )
-
-
-def _dtype_name(value: Any) -> str | None:
-    return None if value is None else str(value).removeprefix("torch.")
-
-
-def _quoted(text: str) -> str:
-    """A Python string literal in double quotes; JSON's are a subset of Python's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(map(repr, values))
 
 
 def _autocast(plan: LoadPlan, here: backend.Backend) -> Any:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from helpers import backend, state
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -54,6 +56,10 @@ def watch(model: "PreTrainedModel") -> Iterator[list[GateRecord]]:
 
     The records appear in the order in which the layers are called. The attention function that
     Transformers registered is put back afterwards, whatever happens inside.
+
+    Transformers 4 asks ``torch.is_autocast_enabled()`` before the rescue cast, which means CUDA, so
+    a region of autocast on the CPU would not count as the same region on a GPU does. While it
+    decides, CUDA's autocast state is therefore the CPU's.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
@@ -68,7 +74,8 @@ def watch(model: "PreTrainedModel") -> Iterator[list[GateRecord]]:
         came_back = False
         try:
             function = registered or sys.modules[type(module).__module__].eager_attention_forward
-            result = function(module, q, k, v, *args, **kwargs)
+            with state.autocast_as_on_a_gpu():
+                result = function(module, q, k, v, *args, **kwargs)
             came_back = True
             return result
         finally:
@@ -97,7 +104,6 @@ def watch(model: "PreTrainedModel") -> Iterator[list[GateRecord]]:
 @contextmanager
 def _kernel_calls(callback: Callable[[Any, Any, Any], None]) -> Iterator[None]:
     """Call back with q, k, v (or their dtypes) whenever a FlashAttention kernel is entered."""
-    from helpers import backend
     from helpers.reference_kernel import attention
 
     if backend.detect().name == "reference":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 # Nothing else that could be missing is imported up here: this report is for those who miss it.
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 PROJECT = "flashattention-dtype-guide"
+FOR_TRANSFORMERS_4 = Path(__file__).parents[1] / "requirements-v4.in"
 ROOM = 50 * 2**20  # six checkpoints of at most 2 MB, with room to spare
 
 
@@ -74,7 +76,12 @@ def python_version(found: tuple[int, ...]) -> Check:
 
 def requirements() -> "list[Requirement]":
     """The project's own direct dependencies, and what their extras add, such as the `kernels` of
-    `transformers[kernels]`; from the installed metadata."""
+    `transformers[kernels]`; from the installed metadata. With Transformers 4, what .venv-v4 has."""
+    if is_second_environment():
+        from packaging.requirements import Requirement
+
+        lines = FOR_TRANSFORMERS_4.read_text("utf-8").splitlines()
+        return [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0]]
     own = _required(PROJECT, "")
     return own + [r for o in own for extra in o.extras for r in _required(o.name, extra)]
 
@@ -97,11 +104,18 @@ def _only_for(extra: str, marker: "Marker") -> bool:
     return marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
+def is_second_environment() -> bool:
+    """Whether this is the environment that `make setup-v4` makes."""
+    return Path(sys.prefix).name == ".venv-v4" and FOR_TRANSFORMERS_4.is_file()
+
+
 def package(requirement: "Requirement") -> Check:
     """Installed, and in the range that the guide was run with."""
     wanted = copy(requirement)
     wanted.marker = None  # its quotes would end the quotes below
     install = f'pip install -c constraints.txt "{wanted}"'
+    if is_second_environment():
+        install = "make setup-v4"
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
@@ -132,7 +146,8 @@ def flash_attention() -> Check:
 
 def one_run() -> Check:
     """Load, forward and generate once, with the dtype that works."""
-    from helpers.experiment import LoadPlan, run
+    from helpers.experiment import run
+    from helpers.plan import LoadPlan
 
     outcome = run(LoadPlan(dtype="auto"))
     fix = "" if outcome.ok and outcome.finite else "send this report with your question"

@@ -1,4 +1,8 @@
-"""The explore panel: knobs to a LoadPlan, Run, and what the run measured."""
+"""The explore panel: knobs to a LoadPlan, Run, and what the run measured.
+
+Another generation of Transformers than the installed one can be chosen too; its outcomes are the
+recorded ones.
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -7,18 +11,13 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from helpers import checkpoints, view
-from helpers.experiment import (
-    ATTENTION,
-    AUTOCAST,
-    DEFAULT_DTYPES,
-    DTYPES,
-    LoadPlan,
-    Outcome,
-    run,
-)
+from helpers import checkpoints, recorded, view
+from helpers.errors import PlanError
+from helpers.experiment import Outcome, run, versions
+from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, LoadPlan
 
 SCRIPT = (Path(__file__).parent / "data" / "panel.js").read_text("utf-8")
+INSTALLED = versions()["transformers"]
 NOT_SET = "not set"  # a Dropdown shows nothing for the value None
 
 
@@ -38,6 +37,13 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
             "default_dtype": _dropdown("set_default_dtype", DEFAULT_DTYPES, plan.default_dtype),
             "autocast": _dropdown("autocast", AUTOCAST, plan.autocast),
         }
+        self.others = {
+            f"{recorded.version(generation)} (recorded)": generation
+            for generation in recorded.GENERATIONS
+            if generation != recorded.generation_of(INSTALLED)
+        }
+        choices = [f"{INSTALLED} (runs here)", *self.others]
+        self.transformers = _dropdown("Transformers", choices, choices[0])
         self.button = widgets.Button(description="Run", button_style="primary")
         self.button.add_class("dg-run")
         self.button.on_click(self._run)
@@ -45,7 +51,7 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         self.status.add_class("dg-status")
         self.result = widgets.HTML()
         self.history = widgets.HTML()
-        form = widgets.Box([*self.knobs.values(), self.button])
+        form = widgets.Box([self.transformers, *self.knobs.values(), self.button])
         form.add_class("dg-form")
         super().__init__([_page_parts(), form, self.status, self.result, self.history])
         self.add_class("dg-panel")
@@ -62,7 +68,7 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         self.button.add_class("dg-busy")
         self.status.value = view.status_html("Running ...")
         try:
-            self.outcomes.append(run(self.plan()))
+            self.outcomes.append(self._outcome())
         except (Exception, KeyboardInterrupt) as error:
             message = view.problem(error)
             self.result.value = view.problem_html(message)
@@ -71,13 +77,28 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
             outcome = self.outcomes[-1]
             self.result.value = view.outcome_html(outcome)
             self.history.value = view.history_html(self.outcomes)
-            seen = f"Run {len(self.outcomes)} is done."
+            how = "is a recorded one" if outcome.recorded else "is done"
+            seen = f"Run {len(self.outcomes)} {how}."
             self.status.value = view.status_html(seen, view.spoken(outcome))
         finally:
             self.button.remove_class("dg-busy")
 
+    def _outcome(self) -> Outcome:
+        """Of a run now, or the record of the chosen version."""
+        generation = self.others.get(self.transformers.value)
+        if generation is None:
+            return run(self.plan())
+        outcome = recorded.find(self.plan(), generation)
+        if outcome is None:
+            raise PlanError(
+                f"Transformers {recorded.version(generation)} has recorded outcomes for the guide's"
+                f" own checkpoints without further steps: choose such a plan, or {INSTALLED}."
+            )
+        return outcome
+
     def __repr__(self) -> str:
-        return f"Run this cell to see the panel: {len(self.knobs)} settings and a Run button."
+        settings = 1 + len(self.knobs)
+        return f"Run this cell to see the panel: {settings} settings and a Run button."
 
 
 def explore(plan: LoadPlan | None = None) -> ExplorePanel:

@@ -6,7 +6,10 @@ import os
 import warnings
 from collections.abc import Iterator
 
+from helpers import backend
+
 # What Transformers remembers of a FlashAttention that it loaded: it expects to find it registered.
+# Transformers 4 has some of them.
 FLASH_GLOBALS = (
     "_loaded_implementation",
     "_flash_fn",
@@ -47,7 +50,7 @@ def as_before() -> Iterator[None]:
     mappings = [m for r in registries for m in (r._global_mapping, r._local_mapping)]
     registered = [dict(mapping) for mapping in mappings]
     flash = vars(modeling_flash_attention_utils)
-    loaded = {name: flash[name] for name in FLASH_GLOBALS}
+    loaded = {name: flash[name] for name in FLASH_GLOBALS if name in flash}
     environment = dict(os.environ)
     threads = torch.get_num_threads()
     try:
@@ -63,6 +66,24 @@ def as_before() -> Iterator[None]:
         for name in set(os.environ) - set(environment):
             del os.environ[name]
         os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def autocast_as_on_a_gpu() -> Iterator[None]:
+    """Under Transformers 4, CUDA's autocast state is the CPU's inside the block, on the CPU."""
+    import torch
+
+    if not backend.is_old() or not torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.get_autocast_dtype("cpu"))
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
 
 
 class _Collector(logging.Handler):
@@ -84,21 +105,39 @@ def listening() -> Iterator[tuple[list[str], list[warnings.WarningMessage]]]:
     collector = _Collector()
     loggers = [logging.getLogger(name) for name in ("transformers", "kernels", "peft")]
     saved = [(x, x.level, x.handlers[:], x.propagate) for x in loggers]
-    bars = transformers_logging.set_tqdm_hook(
-        lambda _factory, args, _kwargs: transformers_logging.EmptyTqdm(*args)
-    )
     try:
         for logger in loggers:
             logger.handlers, logger.propagate = [collector], False
             logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings(record=True) as warned:
+        with _no_progress_bars(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("default")
             warnings.simplefilter("ignore", DeprecationWarning)
             yield collector.lines, warned
     finally:
         # What was heard here has not been shown to anybody.
         transformers_logging.warning_once.cache_clear()
-        transformers_logging.set_tqdm_hook(bars)
         for logger, level, handlers, propagate in saved:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    if not hasattr(transformers_logging, "set_tqdm_hook"):  # Transformers 4
+        shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
+        return
+    bars = transformers_logging.set_tqdm_hook(
+        lambda _factory, args, _kwargs: transformers_logging.EmptyTqdm(*args)
+    )
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(bars)

@@ -10,8 +10,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from helpers.checkpoints import CheckpointError
-from helpers.experiment import LoadPlan, Outcome, PlanError
+from helpers.errors import CheckpointError, PlanError
+from helpers.experiment import Outcome
+from helpers.plan import LoadPlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,6 +147,8 @@ def verdict(outcome: Outcome) -> Verdict:
             "Runs, and is wrong",
             "no exception, but the logits hold NaN or inf, so the text below is no answer.",
         )
+    if outcome.recorded:
+        return Verdict("good", "Works", "no exception, and finite logits.")
     return Verdict("good", "Works", f"largest logit distance from float32 {gap(outcome)}.")
 
 
@@ -156,7 +159,8 @@ def gap(outcome: Outcome) -> str:
 
 def stations(outcome: Outcome) -> list[Station]:
     """The road of the dtype: checkpoint file, loaded weights, attention input, after the rescue
-    cast, gate. Steps after the load are one more station. One that was not reached says so."""
+    cast, gate. What is done after the load is one more station, and so is training. One that was
+    not reached says so."""
     attention = _distinct(record.attention_input for record in outcome.gate)
     at_kernel = _distinct(record.kernel for record in outcome.gate if record.kernel)
     accepted = [record.accepted for record in outcome.gate if record.kernel]
@@ -167,9 +171,12 @@ def stations(outcome: Outcome) -> list[Station]:
     ]
     if outcome.changed_dtypes:
         steps = Station(
-            f"after {', '.join(outcome.plan.after_load)}", _counted(outcome.changed_dtypes)
+            f"after {', '.join(_changes(outcome.plan))}", _counted(outcome.changed_dtypes)
         )
         road.insert(2, steps)
+    if outcome.training_gate:
+        seen = _distinct(r.kernel or r.attention_input for r in outcome.training_gate)
+        road.insert(3, Station("attention while training", seen))
     if outcome.plan.attention != "flash_attention_2":
         unused = f"none in {outcome.plan.attention}"
         return [*road, Station("after the rescue cast", unused), Station("gate", unused)]
@@ -195,12 +202,23 @@ def road_text(outcome: Outcome) -> str:
 
 def knobs_text(plan: LoadPlan) -> str:
     """The settings of a plan, in words."""
-    parts = [f"dtype {plan.dtype}", plan.attention]
+    parts = [f"{plan.keyword} {plan.dtype}", plan.attention]
     if plan.default_dtype:
         parts.append(f"set_default_dtype({plan.default_dtype})")
     if plan.autocast:
         parts.append(f"autocast({plan.autocast})")
-    return ", ".join([*parts, *plan.after_load])
+    return ", ".join([*parts, *_changes(plan)])
+
+
+def _changes(plan: LoadPlan) -> list[str]:
+    return [*(["adapter"] if plan.adapter is not None else []), *plan.after_load]
+
+
+def settings(outcome: Outcome) -> str:
+    """The settings in words, with the version where it is not the one that runs here."""
+    knobs = knobs_text(outcome.plan)
+    version = outcome.versions.get("transformers")
+    return f"{knobs}, recorded with Transformers {version}" if outcome.recorded else knobs
 
 
 def outcome_html(outcome: Outcome) -> str:
@@ -232,6 +250,11 @@ def traceback_text(outcome: Outcome, last: int = 6) -> str:
 def measured_with(outcome: Outcome) -> str:
     """The line that tags an outcome with its versions and backend."""
     kind = "the CPU reference kernel" if outcome.backend == "reference" else outcome.backend
+    if outcome.recorded:
+        return (
+            f"Recorded with {outcome.versions}, nothing ran now; flash_attention_2 was {kind}, and"
+            " autocast counts as it does on a GPU."
+        )
     return f"Measured here with {outcome.versions}; flash_attention_2 is {kind}."
 
 
@@ -244,7 +267,7 @@ def history_html(outcomes: Sequence[Outcome]) -> str:
         (
             number,
             outcome.plan.checkpoint,
-            knobs_text(outcome.plan),
+            settings(outcome),
             f"{SYMBOL[verdict(outcome).state]} {verdict(outcome).word}",
             stations(outcome)[-1].dtype,
             _short(outcome),

@@ -243,7 +243,7 @@ FAIL_TO_LOAD = """
 import json, sys
 from pathlib import Path
 from helpers import LoadPlan, backend, checkpoints, run
-from helpers.experiment import PlanError
+from helpers.errors import PlanError
 from transformers import AutoModelForCausalLM
 
 found = {}

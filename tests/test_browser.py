@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from helpers.experiment import LoadPlan, snippet
+from helpers.plan import LoadPlan, snippet
 
 pytestmark = pytest.mark.browser
 
@@ -106,10 +106,26 @@ def walk(page, key, goal):
     pytest.fail(f"pressing {key} 20 times did not lead to {goal}")
 
 
-def run_by_key(page, panel, number):
+def run_by_key(page, panel, number, how="is done"):
     walk(page, "Tab", panel.get_by_role("button", name="Run"))
     page.keyboard.press("Enter")
-    expect(panel.locator(".dg-status")).to_contain_text(f"Run {number} is done.")
+    expect(panel.locator(".dg-status")).to_contain_text(f"Run {number} {how}.")
+
+
+def test_the_other_generation_by_keyboard_is_a_record_and_says_so(lab, notebook, panel):
+    page, _ = lab
+    walk(page, "Tab", panel.get_by_label("Transformers", exact=True))
+    page.keyboard.press("ArrowDown")
+    dtype = panel.get_by_label("dtype", exact=True)
+    walk(page, "Tab", dtype)
+    for value in ("float16", "bfloat16", "auto", "omitted"):
+        page.keyboard.press("ArrowUp")
+        expect(dtype).to_have_value(value)
+    run_by_key(page, panel, 1, "is a recorded one")
+    expect(panel.locator(".dg-verdict")).to_have_text(f"✖ Fails: {ERROR}")
+    expect(panel.locator(".dg-outcome")).to_contain_text("transformers 4.57.6")
+    expect(panel.locator(".dg-outcome")).to_contain_text("nothing ran now")
+    expect(panel.locator(".dg-table tbody tr")).to_contain_text("Transformers 4.57.6")
 
 
 def test_by_keyboard_alone_the_error_becomes_a_sentence(lab, notebook, panel):
@@ -142,7 +158,7 @@ def test_jupyterlab_takes_no_key_from_a_control(lab, notebook, panel):
     page, _ = lab
     cells = notebook.locator(".jp-Cell").count()
     controls = [*panel.get_by_role("combobox").all(), panel.get_by_role("button", name="Run")]
-    assert len(controls) == 6
+    assert len(controls) == 7
     for control in controls:
         walk(page, "Tab", control)
         for key in ("ArrowDown", "ArrowUp", "a", "b", "x", "d", "d", "m", "j", "k"):

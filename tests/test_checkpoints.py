@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from helpers import checkpoints
-from helpers.checkpoints import CheckpointError
+from helpers.errors import CheckpointError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,8 +11,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from helpers import checkpoints, machine
-from helpers.experiment import LoadPlan, Outcome
+from helpers.experiment import Outcome
 from helpers.machine import Check
+from helpers.plan import LoadPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from helpers import panels
-from helpers.checkpoints import CheckpointError
-from helpers.experiment import LoadPlan, Outcome, PlanError
+from helpers import panels, recorded
+from helpers.errors import CheckpointError, PlanError
+from helpers.experiment import Outcome, versions
+from helpers.plan import LoadPlan
 
 PLANS = [
     LoadPlan(),
@@ -49,7 +50,8 @@ def test_a_knob_that_was_set_can_be_unset():
 
 def test_every_control_has_a_name():
     panel = panels.explore()
-    names = [control.description for control in (*panel.knobs.values(), panel.button)]
+    controls = (panel.transformers, *panel.knobs.values(), panel.button)
+    names = [control.description for control in controls]
     assert all(names)
     assert len(set(names)) == len(names)
 
@@ -125,5 +127,46 @@ def test_a_folder_that_is_no_checkpoint_gets_a_sentence(tmp_path):
 
 def test_where_no_widget_shows_its_text_does():
     assert repr(panels.explore()) == (
-        "Run this cell to see the panel: 5 settings and a Run button."
+        "Run this cell to see the panel: 6 settings and a Run button."
     )
+
+
+def test_another_generation_shows_its_record_and_says_so(monkeypatch):
+    panel = panels.explore(LoadPlan("bf16"))
+    four = recorded.version("4")
+    panel.transformers.value = f"{four} (recorded)"
+    monkeypatch.setattr(panels, "run", lambda plan: pytest.fail("it ran"))
+    press(panel)
+    (outcome,) = panel.outcomes
+    assert outcome.recorded
+    assert outcome.plan == LoadPlan("bf16")
+    assert set(outcome.loaded_dtypes) == {"float32"}
+    assert outcome.versions["transformers"] == four
+    assert "only support fp16 and bf16" in panel.result.value
+    assert f"transformers {four}" in panel.result.value
+    assert "nothing ran now" in panel.result.value
+    assert "Run 1 is a recorded one." in panel.status.value
+    assert f"recorded with Transformers {four}" in panel.history.value
+
+
+def test_the_installed_generation_runs(monkeypatch):
+    panel = panels.explore(LoadPlan("bf16"))
+    installed, *others = panel.transformers.options
+    assert installed == f"{versions()['transformers']} (runs here)"
+    assert others == [f"{recorded.version('4')} (recorded)"]
+    panel.transformers.value = others[0]
+    panel.transformers.value = installed
+    monkeypatch.setattr(panels, "run", Outcome)
+    press(panel)
+    assert [outcome.recorded for outcome in panel.outcomes] == [False]
+
+
+@pytest.mark.parametrize(
+    "plan", [LoadPlan("some/folder"), LoadPlan(question="Why?"), LoadPlan(after_load="bfloat16")]
+)
+def test_what_is_not_recorded_gets_a_sentence(plan):
+    panel = panels.explore(plan)
+    panel.transformers.value = panel.transformers.options[1]
+    press(panel)
+    assert "has recorded outcomes for the guide&#x27;s own checkpoints" in panel.result.value
+    assert panel.outcomes == []

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -57,14 +58,34 @@ def requirements(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
+def requirements_v4() -> list[Requirement]:
+    """What requirements-v4.in lists."""
+    lines = (ROOT / "requirements-v4.in").read_text(encoding="utf-8").splitlines()
+    listed = [line.partition("#")[0].strip() for line in lines]
+    return [Requirement(line) for line in listed if line]
+
+
 def requires_python() -> SpecifierSet:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return SpecifierSet(project["requires-python"])
 
 
-def pins() -> list[Requirement]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def pinned(name: str, environment: dict[str, str]) -> dict[str, str]:
+    """The version of each package that a constraints file allows in one environment."""
+    versions: dict[str, str] = {}
+    for pin in pins(name):
+        if applies(pin, environment):
+            (specifier,) = pin.specifier
+            assert specifier.operator == "=="
+            key = canonicalize_name(pin.name)
+            assert key not in versions, f"{name} has two versions of {key}"
+            versions[key] = specifier.version
+    return versions
 
 
 def applies(requirement: Requirement, environment: dict[str, str]) -> bool:
@@ -79,31 +100,50 @@ def test_the_tested_pythons_are_the_allowed_ones() -> None:
     assert tuple(allowed) == PYTHONS
 
 
-@pytest.mark.parametrize(
+in_each_environment = pytest.mark.parametrize(
     "environment", ENVIRONMENTS, ids=lambda e: f"{e['python_version']}-{e['sys_platform']}"
 )
+
+
+@in_each_environment
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-v4.txt"])
 def test_constraints_pin_each_direct_dependency_within_its_bounds(
-    environment: dict[str, str],
+    name: str, environment: dict[str, str]
 ) -> None:
-    versions: dict[str, list[str]] = {}
-    for pin in pins():
-        if applies(pin, environment):
-            (specifier,) = pin.specifier
-            assert specifier.operator == "=="
-            versions.setdefault(canonicalize_name(pin.name), []).append(specifier.version)
-    assert [name for name, found in versions.items() if len(found) > 1] == []
-    for requirement in requirements("test", "lock"):
+    versions = pinned(name, environment)
+    direct = requirements("test", "lock") if name == "constraints.txt" else requirements_v4()
+    for requirement in direct:
         if applies(requirement, environment):
-            (version,) = versions[canonicalize_name(requirement.name)]
+            version = versions[canonicalize_name(requirement.name)]
             assert version in requirement.specifier, f"{version} is outside {requirement}"
 
 
-def test_constraints_suit_every_build_of_torch() -> None:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-v4.txt"])
+def test_constraints_suit_every_build_of_torch(name: str) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     assert "torch==2.13.0" in lines
     assert not [line for line in lines if "+" in line]
     for_cuda = re.compile(r"nvidia|cuda|cudnn|nccl|triton|flash[-_]attn")
-    assert [pin.name for pin in pins() if for_cuda.search(pin.name)] == []
+    assert [pin.name for pin in pins(name) if for_cuda.search(pin.name)] == []
+
+
+def test_transformers_4_is_asked_for_with_the_bounds_of_pyproject() -> None:
+    bounds = {requirement.name: requirement.specifier for requirement in requirements("test")}
+    for_v4 = {requirement.name: requirement.specifier for requirement in requirements_v4()}
+    assert for_v4.pop("transformers") == SpecifierSet("==4.57.6")
+    assert for_v4.pop("kernels") == SpecifierSet(">=0.11.4,<0.13")
+    assert {"torch", "peft", "accelerate"} <= set(for_v4)
+    assert for_v4 == {name: bounds.get(name) for name in for_v4}
+
+
+@in_each_environment
+def test_two_outcomes_differ_by_what_transformers_4_needs_only(
+    environment: dict[str, str],
+) -> None:
+    v5, v4 = (pinned(name, environment) for name in ("constraints.txt", "constraints-v4.txt"))
+    assert set(v4) <= set(v5)
+    different = {name for name in v4 if v4[name] != v5[name]}
+    assert different == {"transformers", "tokenizers", "huggingface-hub", "kernels"}
 
 
 def test_flash_attn_is_in_no_default_install() -> None:
@@ -163,16 +203,21 @@ BACKEND = '''
 import zipfile
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    name = "tiny-1.0-py3-none-any.whl"
-    metadata = "Metadata-Version: 2.1\\nName: tiny\\nVersion: 1.0\\nProvides-Extra: test\\n"
+    more = "Provides-Extra: test\\nRequires-Dist: part==5.0\\n"
+    return write(wheel_directory, "tiny", "1.0", more)
+
+def write(folder, name, version, more=""):
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n{more}"
     wheel = "Wheel-Version: 1.0\\nGenerator: tiny\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
-    files = {"tiny.py": "", "tiny-1.0.dist-info/METADATA": metadata,
-             "tiny-1.0.dist-info/WHEEL": wheel}
-    record = "".join(f"{path},,\\n" for path in files) + "tiny-1.0.dist-info/RECORD,,\\n"
-    with zipfile.ZipFile(f"{wheel_directory}/{name}", "w") as archive:
-        for path, content in [*files.items(), ("tiny-1.0.dist-info/RECORD", record)]:
+    code = f"version = {version!r}"
+    files = {f"{name}.py": code, f"{info}/METADATA": metadata, f"{info}/WHEEL": wheel}
+    record = "".join(f"{path},,\\n" for path in [*files, f"{info}/RECORD"])
+    file = f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(f"{folder}/{file}", "w") as archive:
+        for path, content in [*files.items(), (f"{info}/RECORD", record)]:
             archive.writestr(path, content)
-    return name
+    return file
 '''
 PYPROJECT = """
 [build-system]
@@ -190,8 +235,30 @@ requires-python = ">=3.10,<3.14"
 NO_PYTHON = "no-such-python"
 
 
+class Kind(NamedTuple):
+    """One of the two environments, as its users know it."""
+
+    target: str
+    folder: str
+    flags: tuple[str, ...]
+    sources: tuple[str, ...]
+    part: str  # the version of the package `part` that it gets in a Clone
+
+
+V5 = Kind("setup", ".venv", (), ("pyproject.toml", "constraints.txt"), "5.0")
+V4 = Kind(
+    target="setup-v4",
+    folder=".venv-v4",
+    flags=("--v4",),
+    sources=("pyproject.toml", "requirements-v4.in", "constraints-v4.txt"),
+    part="4.0",
+)
+of_both_kinds = pytest.mark.parametrize("kind", [V5, V4], ids=lambda kind: kind.folder)
+
+
 class Clone:
-    """A folder with our Makefile and tools, and a project without dependencies."""
+    """A folder with our Makefile and tools, and a project that depends on one package only: on
+    version 5 of it, as the guide on Transformers, where .venv-v4 gets version 4."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -199,16 +266,31 @@ class Clone:
         shutil.copy(ROOT / "Makefile", folder)
         for name in ("set_up.py", "lab.py"):
             shutil.copy(ROOT / "tools" / name, folder / "tools")
-        (folder / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
-        (folder / "constraints.txt").write_text("tiny==1.0\n", encoding="utf-8")
-        (folder / "backend.py").write_text(BACKEND, encoding="utf-8")
+        files = {
+            "pyproject.toml": PYPROJECT,
+            "backend.py": BACKEND,
+            "constraints.txt": "part==5.0\n",
+            "constraints-v4.txt": "part==4.0\n",
+            "requirements-v4.in": "part>=4\n",
+        }
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+        self.wheels = folder / "wheels"
+        self.wheels.mkdir()
+        write_wheel = runpy.run_path(str(folder / "backend.py"))["write"]
+        for kind in (V5, V4):
+            write_wheel(self.wheels, "part", kind.part)
 
     def make(self, *arguments: str, python: str = sys.executable) -> tuple[int, str]:
         """Run make; its exit code and everything that was printed."""
         result = subprocess.run(
             ["make", *arguments, f"PYTHON={python}"],
             cwd=self.folder,
-            env={**os.environ, "PIP_NO_INDEX": "1", "MAKEFLAGS": "", "MAKELEVEL": ""},
+            env={
+                **os.environ,
+                **{"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri()},
+                **{"MAKEFLAGS": "", "MAKELEVEL": ""},
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -216,98 +298,166 @@ class Clone:
         )
         return result.returncode, result.stdout
 
-    def is_ready(self) -> bool:
-        python = self.folder / ".venv" / "bin" / "python"
-        check = [str(python), str(self.folder / "tools" / "set_up.py"), "--check"]
+    def python(self, kind: Kind) -> Path:
+        return self.folder / kind.folder / "bin" / "python"
+
+    def is_ready(self, kind: Kind) -> bool:
+        set_up = str(self.folder / "tools" / "set_up.py")
+        check = [str(self.python(kind)), set_up, *kind.flags, "--check"]
         return subprocess.run(check, check=False).returncode == 0
 
     def sentences(self, output: str) -> list[str]:
         """The output without make's own report that a command failed."""
         return [line for line in output.splitlines() if not line.startswith("make")]
 
-    def dist_info(self) -> Path:
-        (path,) = (self.folder / ".venv").glob("lib/python*/site-packages/tiny-1.0.dist-info")
+    def dist_info(self, kind: Kind) -> Path:
+        pattern = f"lib/python*/site-packages/part-{kind.part}.dist-info"
+        (path,) = (self.folder / kind.folder).glob(pattern)
         return path
+
+    def break_python(self, kind: Kind) -> None:
+        """As it is after an upgrade of the Python that the environment was made with."""
+        python = self.python(kind)
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.unlink(missing_ok=True)
+        python.symlink_to(self.folder / "a Python that was removed")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """One set-up for several tests, since it takes seconds; it begins with a .venv that died."""
+    """One set-up for several tests, since it takes seconds; it begins with environments that
+    died."""
     clone = Clone(tmp_path_factory.mktemp("set-up") / "the guide, é")
-    binaries = clone.folder / ".venv" / "bin"
-    binaries.mkdir(parents=True)
-    (binaries / "python").symlink_to(clone.folder / "a Python that was removed")
-    code, output = clone.make("setup")
-    assert code == 0, output
-    assert "Making .venv anew" in output
+    for kind in (V5, V4):
+        clone.break_python(kind)
+        code, output = clone.make(kind.target)
+        assert code == 0, output
+        assert f"Making {kind.folder} anew" in output
+        assert clone.sentences(output)[-1] == f"{kind.folder} is ready."
     return clone
 
 
 @needs_make
-def test_a_second_set_up_does_nothing(clone: Clone) -> None:
+@of_both_kinds
+def test_a_second_set_up_does_nothing(clone: Clone, kind: Kind) -> None:
     # A Python that does not exist: it is not even asked for.
-    assert clone.make("setup", python=NO_PYTHON) == (0, "")
-    plain = [sys.executable, str(clone.folder / "tools" / "set_up.py")]
+    assert clone.make(kind.target, python=NO_PYTHON) == (0, "")
+    plain = [sys.executable, str(clone.folder / "tools" / "set_up.py"), *kind.flags]
     assert subprocess.run(plain, capture_output=True, check=True).stdout == b""
 
 
 @needs_make
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
-def test_a_changed_file_asks_for_an_install(clone: Clone, name: str) -> None:
-    path = clone.folder / name
-    before = path.read_text(encoding="utf-8")
-    path.write_text(before + "# changed\n", encoding="utf-8")
-    changed = clone.is_ready()
-    path.write_text(before, encoding="utf-8")
-    assert not changed
-    assert clone.is_ready()
+@of_both_kinds
+def test_each_environment_has_its_own_version_and_the_project(clone: Clone, kind: Kind) -> None:
+    code = "import part, tiny; print(part.version)"
+    command = [str(clone.python(kind)), "-c", code]
+    assert subprocess.check_output(command, text=True) == f"{kind.part}\n"
 
 
 @needs_make
-def test_a_moved_clone_asks_for_an_install(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, id=f"{kind.folder}-{name}")
+        for kind in (V5, V4)
+        for name in kind.sources
+    ],
+)
+def test_a_changed_file_asks_for_an_install(clone: Clone, kind: Kind, name: str) -> None:
+    path = clone.folder / name
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before + "# changed\n", encoding="utf-8")
+    changed = clone.is_ready(kind)
+    path.write_text(before, encoding="utf-8")
+    assert not changed
+    assert clone.is_ready(kind)
+
+
+@needs_make
+@of_both_kinds
+def test_a_moved_clone_asks_for_an_install(
+    clone: Clone, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The editable install points to the old folder.
     old, new = clone.folder, clone.folder.with_name("elsewhere")
     old.rename(new)
     monkeypatch.setattr(clone, "folder", new)
-    moved = clone.is_ready()
+    moved = clone.is_ready(kind)
     new.rename(old)
     assert not moved
 
 
 @needs_make
-def test_a_failed_and_an_interrupted_install_go_on(clone: Clone) -> None:
-    constraints = clone.folder / "constraints.txt"
+@of_both_kinds
+def test_a_failed_and_an_interrupted_install_go_on(clone: Clone, kind: Kind) -> None:
+    constraints = clone.folder / kind.sources[-1]
     before = constraints.read_text(encoding="utf-8")
-    constraints.write_text("tiny==2.0\n", encoding="utf-8")
-    code, output = clone.make("setup")
+    constraints.write_text("part==9.0\n", encoding="utf-8")
+    code, output = clone.make(kind.target)
     constraints.write_text(before, encoding="utf-8")
     assert code != 0
     assert "The set-up did not finish" in clone.sentences(output)[-1]
-    assert not clone.is_ready()
+    assert not clone.is_ready(kind)
 
     # As a killed pip leaves it: some files of the package are there, but not yet its RECORD.
-    (clone.dist_info() / "RECORD").unlink()
-    (clone.dist_info().parent / "~iny").mkdir()
-    code, output = clone.make("setup")
+    (clone.dist_info(kind) / "RECORD").unlink()
+    (clone.dist_info(kind).parent / "~art").mkdir()
+    code, output = clone.make(kind.target)
     assert code == 0, output
-    assert "Making .venv anew" not in output
-    assert (clone.dist_info() / "RECORD").is_file()
-    assert not (clone.dist_info().parent / "~iny").exists()
-    assert clone.is_ready()
+    assert "anew" not in output
+    assert (clone.dist_info(kind) / "RECORD").is_file()
+    assert not (clone.dist_info(kind).parent / "~art").exists()
+    assert clone.is_ready(kind)
 
 
 @needs_make
-def test_an_environment_without_pip_is_not_healthy(tmp_path: Path) -> None:
+@of_both_kinds
+def test_a_package_that_was_damaged_later_is_installed_again(clone: Clone, kind: Kind) -> None:
+    # As a pip leaves it that somebody ran by hand and interrupted.
+    (clone.dist_info(kind) / "RECORD").unlink()
+    assert not clone.is_ready(kind)
+    code, output = clone.make(kind.target)
+    assert code == 0, output
+    # pip has no word on the project's wish for version 5, which .venv-v4 does not grant.
+    assert "ERROR" not in output
+    assert (clone.dist_info(kind) / "RECORD").is_file()
+    assert clone.is_ready(kind)
+
+
+@needs_make
+@pytest.mark.parametrize("broken", [False, True], ids=["deleted", "broken"])
+def test_matrix_runs_in_both_environments_and_mends_the_second(clone: Clone, broken: bool) -> None:
+    (clone.folder / "tools" / "matrix.py").write_text(
+        "import os, part; print('ran with', part.version, 'in', os.environ['IPYTHONDIR'])",
+        encoding="utf-8",
+    )
+    if broken:
+        clone.break_python(V4)
+    else:
+        shutil.rmtree(clone.folder / V4.folder)
+    code, output = clone.make("matrix")
+    assert code == 0, output
+    assert ("Making .venv-v4 anew: the one that is there does not work." in output) == broken
+    state = clone.folder / ".jupyter" / "ipython"
+    ran = [line for line in output.splitlines() if line.startswith("ran with")]
+    assert ran == [f"ran with {kind.part} in {state}" for kind in (V5, V4)]
+
+
+@needs_make
+@of_both_kinds
+def test_an_environment_without_pip_is_not_healthy(tmp_path: Path, kind: Kind) -> None:
     clone = Clone(tmp_path / "clone")
-    venv = [sys.executable, "-m", "venv", "--without-pip", str(clone.folder / ".venv")]
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(clone.folder / kind.folder)]
     subprocess.run(venv, check=True)
     set_up = runpy.run_path(str(clone.folder / "tools" / "set_up.py"))
-    assert set_up["venv_python"]().exists()
-    assert not set_up["is_healthy"]()
+    environment = set_up["V4" if kind is V4 else "V5"]
+    assert environment.python.exists()
+    assert not set_up["is_healthy"](environment)
 
 
 @needs_make
-def test_an_old_python_is_refused_in_one_sentence(tmp_path: Path) -> None:
+@of_both_kinds
+def test_an_old_python_is_refused_in_one_sentence(tmp_path: Path, kind: Kind) -> None:
     clone = Clone(tmp_path / "clone")
     old = tmp_path / "old"
     pretend = (
@@ -316,46 +466,62 @@ def test_an_old_python_is_refused_in_one_sentence(tmp_path: Path) -> None:
     )
     old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}" "$@"\n', encoding="utf-8")
     old.chmod(0o755)
-    code, output = clone.make("setup", python=str(old))
+    code, output = clone.make(kind.target, python=str(old))
     assert code != 0
     (sentence,) = clone.sentences(output)
     assert sentence.startswith("Found Python 3.9.18 (")
     assert "expected >=3.10,<3.14" in sentence
-    assert "make setup PYTHON=python3.13" in sentence
-    assert not (clone.folder / ".venv").exists()
+    assert f"make {kind.target} PYTHON=python3.13" in sentence
+    assert not (clone.folder / kind.folder).exists()
 
 
 @needs_make
-def test_no_python_is_said_in_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["setup", "setup-v4", "lock"])
+def test_no_python_is_said_in_one_sentence(tmp_path: Path, target: str) -> None:
     clone = Clone(tmp_path / "clone")
-    code, output = clone.make("setup", python=NO_PYTHON)
+    code, output = clone.make(target, python=NO_PYTHON)
     assert code != 0
     (sentence,) = clone.sentences(output)
     assert "no-such-python" in sentence
     assert "expected Python >=3.10,<3.14" in sentence
+    assert f"make {target} PYTHON=" in sentence
+
+
+@pytest.mark.parametrize("arguments", [["--v5"], ["--check", "--v4"], ["--v4", "--all"]])
+def test_a_flag_that_set_up_does_not_know_is_said_in_one_sentence(arguments: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "set_up.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.endswith(f"not {' '.join(arguments)!r}.")
 
 
 @pytest.mark.parametrize(
-    ("version", "has_ensurepip", "windows", "words"),
+    ("kind", "version", "has_ensurepip", "windows", "words"),
     [
-        ((3, 9, 6), True, False, ["3.9.6", ">=3.10,<3.14", "make setup PYTHON=python3.13"]),
-        ((3, 14, 0), True, True, ["3.14.0", ">=3.10,<3.14", "py -3.13 tools/set_up.py"]),
-        ((3, 11, 2), False, False, ["3.11.2", "ensurepip", "sudo apt install python3.11-venv"]),
+        ("V5", (3, 9, 6), True, False, ["3.9.6", ">=3.10,<3.14", "make setup PYTHON=python3.13"]),
+        ("V4", (3, 9, 6), True, False, ["3.9.6", ">=3.10,<3.14", "make setup-v4 PYTHON="]),
+        ("V5", (3, 14, 0), True, True, ["3.14.0", ">=3.10,<3.14", "py -3.13 tools/set_up.py"]),
+        ("V4", (3, 14, 0), True, True, ["3.14.0", "py -3.13 tools/set_up.py --v4"]),
+        ("V4", (3, 11, 2), False, False, ["3.11.2", "sudo apt install python3.11-venv"]),
     ],
 )
 def test_what_is_wrong_with_a_python(
-    version: tuple[int, int, int], has_ensurepip: bool, windows: bool, words: list[str]
+    kind: str, version: tuple[int, int, int], has_ensurepip: bool, windows: bool, words: list[str]
 ) -> None:
     set_up = runpy.run_path(str(ROOT / "tools" / "set_up.py"))
-    sentence = set_up["complaint"](version, "/usr/bin/python3", has_ensurepip, windows)
-    assert [word for word in [*words, "/usr/bin/python3"] if word not in sentence] == []
+    python = "/usr/bin/python3"
+    sentence = set_up["complaint"](set_up[kind], version, python, has_ensurepip, windows)
+    assert [word for word in [*words, python] if word not in sentence] == []
     assert "\n" not in sentence
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_nothing_is_wrong_with_an_allowed_python(python: str) -> None:
     set_up = runpy.run_path(str(ROOT / "tools" / "set_up.py"))
-    assert set_up["complaint"]((*map(int, python.split(".")), 5), "python3", True) is None
+    version = (*map(int, python.split(".")), 5)
+    assert set_up["complaint"](set_up["V4"], version, "python3", True) is None
 
 
 def test_an_old_python_can_read_the_set_up() -> None:
@@ -370,8 +536,26 @@ def test_help_lists_every_command() -> None:
     output = subprocess.run(
         ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    listed = [re.fullmatch(r"make (\w+) +\S.*", line) for line in output.splitlines()]
+    listed = [re.fullmatch(r"make ([\w-]+) +\S.*", line) for line in output.splitlines()]
     assert [match and match.group(1) for match in listed] == targets.split()
+
+
+@needs_posix
+@pytest.mark.parametrize("setup_works", [True, False])
+def test_ci_makes_both_environments_and_does_not_skip(tmp_path: Path, setup_works: bool) -> None:
+    # Nothing is missing, so that nothing is installed; make only writes down what it is asked for.
+    commands = {"python3": "exit 0", "chromium": "exit 0"}
+    commands["make"] = f'echo "$@" "CI=$CI"; [[ $1 == test ]] || {str(setup_works).lower()}'
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{line}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "CI"}
+    environment["PATH"] = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    command = [str(ROOT / ".ci" / "run")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    asked_for = ["setup-v4 CI=true", "test CI=true"]
+    assert result.stdout.splitlines() == (asked_for if setup_works else asked_for[:1])
+    assert (result.returncode == 0) == setup_works
 
 
 # tools/lab.py

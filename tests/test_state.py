@@ -19,8 +19,9 @@ from transformers import (
 from transformers import modeling_flash_attention_utils as flash
 from transformers.utils import logging as transformers_logging
 
-from helpers import LoadPlan, backend, checkpoints, experiment, run, state
+from helpers import LoadPlan, PlanError, backend, checkpoints, experiment, run, state
 from helpers.reference_kernel import attention as reference
+from helpers.steps import STEPS, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,12 +86,23 @@ def unchanged(plan):
         (LoadPlan(dtype="float16", default_dtype="bfloat16", autocast="bfloat16"), "done"),
         (LoadPlan(attention="eager", after_load=("lora", "merge")), "done"),
         (LoadPlan(dtype="float32", default_dtype="float16"), "forward"),
-        (LoadPlan(default_dtype="float16", after_load=("lora", "merge", "merge")), "after_load"),
+        (LoadPlan(default_dtype="float16", after_load=("lora", "train")), "done"),
+        (LoadPlan("fp32", attention="eager", after_load=("lora", "merge", "reload")), "done"),
     ],
     ids=str,
 )
 def test_after_a_run(unusual, plan, stage):
     assert unchanged(plan).stage == stage
+
+
+def test_after_a_step_that_fails(unusual, monkeypatch):
+    def fail(_model, _context):
+        os.environ["LEFT_BEHIND"] = "1"
+        raise RuntimeError("half-way")
+
+    monkeypatch.setitem(STEPS, "half", Step(fail, ()))
+    found = unchanged(LoadPlan(default_dtype="float16", after_load=("half",)))
+    assert (found.stage, found.error) == ("after_load", "half-way")
 
 
 def test_after_a_load_that_fails(unusual):
@@ -101,7 +113,7 @@ def test_after_a_load_that_fails(unusual):
 
 def test_after_a_plan_that_is_wrong(unusual):
     for plan in (LoadPlan("nowhere"), LoadPlan(question="")):
-        with pytest.raises(experiment.PlanError):
+        with pytest.raises(PlanError):
             unchanged(plan)
 
 
@@ -120,7 +132,7 @@ def test_after_an_interrupt(unusual, monkeypatch, where):
     if where in ("reference run", "load"):
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", interrupt)
     elif where == "step":
-        monkeypatch.setitem(experiment.STEPS, "half", experiment.Step(interrupt, ()))
+        monkeypatch.setitem(STEPS, "half", Step(interrupt, ()))
     elif where == "forward":
         monkeypatch.setattr(reference, "watchers", [interrupt])
     else:
@@ -159,12 +171,12 @@ def test_runs_do_not_depend_on_the_random_state():
     """LoRA's start is drawn at random; two runs of one plan draw the same."""
     drawn = []
 
-    def draw(model):
+    def draw(model, _):
         drawn.append(torch.rand(3).tolist())
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(experiment.STEPS, "draw", experiment.Step(draw, ()))
+        patch.setitem(STEPS, "draw", Step(draw, ()))
         for seed in (1, 2):
             torch.manual_seed(seed)
             run(LoadPlan(attention="sdpa", after_load=("draw",)))

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import view
-from helpers.checkpoints import CheckpointError
-from helpers.experiment import LoadPlan, Outcome, PlanError, Versions
+from helpers.errors import CheckpointError, PlanError
+from helpers.experiment import Outcome, Versions
 from helpers.gate import Dtypes, GateRecord
+from helpers.plan import LoadPlan
 from helpers.view import SYMBOL, Station, Verdict
 
 BF16, FP16, FP32 = (Dtypes(*[name] * 3) for name in ("bfloat16", "float16", "float32"))

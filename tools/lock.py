@@ -1,5 +1,5 @@
-"""Write constraints.txt: one version of each package that pyproject.toml brings in, for every
-Python and platform that the guide supports.
+"""Write constraints.txt and constraints-v4.txt: one version of each package that pyproject.toml
+and requirements-v4.in bring in, for every Python and platform that the guide supports.
 
     python tools/lock.py
 
@@ -14,26 +14,46 @@ import subprocess
 import sys
 import tempfile
 import venv
+from typing import NamedTuple
 
 import set_up
 
 # What PyTorch's Linux wheels need for CUDA: each build asks for its own, a CPU build for none.
 CUDA = re.compile(r"(nvidia-|cuda-|triton\b)")
 HEADER = """\
-# The versions that the guide is tested with, for every supported Python and platform.
-# Written by `make lock`; edit pyproject.toml instead. PyTorch's own CUDA packages are left free.
+# The versions that {what} is tested with, for every supported Python and platform.
+# Written by `make lock`; edit {source} instead. PyTorch's own CUDA packages are left free.
 """
 
 
+class Lock(NamedTuple):
+    """A file of pins: what they are for, and the requirements that they come from."""
+
+    name: str
+    what: str
+    source: str
+    extras: tuple[str, ...] = ()
+
+
+LOCKS = (
+    Lock("constraints.txt", "the guide", "pyproject.toml", extras=("test", "lock")),
+    Lock("constraints-v4.txt", "Transformers 4", "requirements-v4.in"),
+)
+
+
 def main() -> None:
-    """Resolve, filter, write."""
+    """Resolve all, then filter and write, so that either every file is of today or none is."""
     with tempfile.TemporaryDirectory() as folder:
-        lines = resolve(python_with_uv(folder))
-    pins = [line for line in lines if not CUDA.match(line)]
-    (set_up.ROOT / "constraints.txt").write_text(
-        HEADER + "\n".join(pins) + "\n", encoding="utf-8", newline="\n"
-    )
-    print(f"constraints.txt: {len(pins)} pins.")
+        python = python_with_uv(folder)
+        resolved = [resolve(python, lock) for lock in LOCKS]
+    for lock, lines in zip(LOCKS, resolved, strict=True):
+        pins = [line for line in lines if not CUDA.match(line)]
+        (set_up.ROOT / lock.name).write_text(
+            HEADER.format(what=lock.what, source=lock.source) + "\n".join(pins) + "\n",
+            encoding="utf-8",
+            newline="\n",
+        )
+        print(f"{lock.name}: {len(pins)} pins.")
 
 
 def python_with_uv(folder: str) -> str:
@@ -50,13 +70,14 @@ def python_with_uv(folder: str) -> str:
     return python
 
 
-def resolve(python: str) -> list[str]:
-    """The pins, one requirement a line, in alphabetical order."""
+def resolve(python: str, lock: Lock) -> list[str]:
+    """The pins that a lock's source leads to, one requirement a line, in alphabetical order."""
     _, (major, minor), _ = set_up.allowed()
     command = [
-        *(python, "-m", "uv", "pip", "compile", "pyproject.toml"),
-        *("--extra", "test", "--extra", "lock", "--universal"),
-        *("--python-version", f"{major}.{minor}", "--no-python-downloads", "--no-build"),
+        *(python, "-m", "uv", "pip", "compile", lock.source),
+        *(f"--extra={extra}" for extra in lock.extras),
+        *("--universal", "--python-version", f"{major}.{minor}"),
+        *("--no-python-downloads", "--no-build"),
         *("--no-config", "--no-header", "--no-annotate", "--quiet"),
     ]
     result = subprocess.run(command, cwd=set_up.ROOT, check=True, stdout=subprocess.PIPE, text=True)

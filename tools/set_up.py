@@ -1,7 +1,8 @@
-"""Bring .venv to what pyproject.toml and constraints.txt say; do nothing if it is there already.
+"""Bring an environment to what its files say; do nothing if it is there already.
 
-    python tools/set_up.py            make, repair or update .venv
-    python tools/set_up.py --check    exit with 0 if there is nothing to do, with 1 otherwise
+    python tools/set_up.py            make, repair or update .venv, which has Transformers 5
+    python tools/set_up.py --v4       the same for .venv-v4, which has Transformers 4
+    ... --check                       exit with 0 if there is nothing to do, with 1 otherwise
 
 Any Python that pyproject.toml allows can run it. It needs the standard library only, and its syntax
 is kept at Python 3.6, so that it can also tell an older Python what is wrong.
@@ -16,28 +17,71 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-STAMP = VENV / "installed"
-SOURCES = ("pyproject.toml", "constraints.txt")
+
+
+class Environment(NamedTuple):
+    """A virtual environment: its folder, and what makes it."""
+
+    name: str
+    sources: tuple  # the files that say what belongs into it
+    installs: tuple  # what each call of `pip install` gets
+    flags: tuple  # how to name it to this file
+    target: str  # ... and to make
+
+    @property
+    def folder(self):
+        return ROOT / self.name
+
+    @property
+    def stamp(self):
+        return self.folder / "installed"
+
+    @property
+    def python(self):
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+V5 = Environment(
+    name=".venv",
+    sources=("pyproject.toml", "constraints.txt"),
+    installs=(("-c", "constraints.txt", "-e", ".[test]"),),
+    flags=(),
+    target="setup",
+)
+V4 = Environment(
+    name=".venv-v4",
+    sources=("pyproject.toml", "requirements-v4.in", "constraints-v4.txt"),
+    # pyproject.toml wants Transformers 5: hence --no-deps, and no word of it from pip in a repair.
+    installs=(
+        ("--no-warn-conflicts", "-c", "constraints-v4.txt", "-r", "requirements-v4.in"),
+        ("--no-deps", "-e", "."),
+    ),
+    flags=("--v4",),
+    target="setup-v4",
+)
 
 
 def main(arguments):
     """Dispatch on the command line; see the module's docstring."""
-    if arguments == ["--check"]:
-        sys.exit(0 if is_ready() else 1)
-    if arguments == ["--install"]:  # this file again, run by .venv's own Python
-        return install()
-    if arguments:
-        sys.exit(f"tools/set_up.py takes --check or nothing, not {' '.join(arguments)!r}.")
-    if not is_healthy():
-        create()
-    sys.exit(subprocess.call([str(venv_python()), str(Path(__file__).resolve()), "--install"]))
-
-
-def venv_python(windows=os.name == "nt"):
-    return VENV / ("Scripts/python.exe" if windows else "bin/python")
+    environment = V4 if arguments[:1] == ["--v4"] else V5
+    step = arguments[len(environment.flags) :]
+    if step == ["--check"]:
+        sys.exit(0 if is_ready(environment) else 1)
+    if step == ["--install"]:  # this file again, run by the environment's own Python
+        return install(environment)
+    if step:
+        sys.exit(
+            f"tools/set_up.py takes --v4, --check, both in this order, or nothing, "
+            f"not {' '.join(arguments)!r}."
+        )
+    if not is_healthy(environment):
+        create(environment)
+    this_file = str(Path(__file__).resolve())
+    command = [str(environment.python), this_file, *environment.flags, "--install"]
+    sys.exit(subprocess.call(command))
 
 
 def allowed():
@@ -48,13 +92,15 @@ def allowed():
     return match.group(1), (low_major, low_minor), (high_major, high_minor)
 
 
-def complaint(version, executable, has_ensurepip, windows=os.name == "nt"):
-    """What is wrong with this Python for making .venv, in one sentence; None if nothing is."""
+def complaint(environment, version, executable, has_ensurepip, windows=os.name == "nt"):
+    """What is wrong with this Python for making it, in one sentence; None if nothing is."""
     found = f"Found Python {'.'.join(map(str, version[:3]))} ({executable})"
     text, low, high = allowed()
     if not low <= tuple(version[:2]) < high:
         name = f"{high[0]}.{high[1] - 1}"
-        example = f"py -{name} tools/set_up.py" if windows else f"make setup PYTHON=python{name}"
+        example = f"make {environment.target} PYTHON=python{name}"
+        if windows:
+            example = " ".join([f"py -{name} tools/set_up.py", *environment.flags])
         return f"{found}, expected {text}: install one of these and name it, for example: {example}"
     if not has_ensurepip:
         return (
@@ -65,86 +111,97 @@ def complaint(version, executable, has_ensurepip, windows=os.name == "nt"):
     return None
 
 
-def fingerprint():
+def fingerprint(environment):
     """Everything that makes an installed environment out of date when it changes.
 
     The folder is part of it because the editable install points there, and Python's version because
-    a system upgrade can put another Python behind .venv's link.
+    a system upgrade can put another Python behind the environment's link.
     """
-    parts = [(ROOT / name).read_bytes() for name in SOURCES]
+    parts = [(ROOT / name).read_bytes() for name in environment.sources]
     parts += [str(ROOT).encode(), str(sys.version_info[:2]).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def is_ready():
-    """True if the running Python is .venv's and everything was installed into it."""
-    return STAMP.is_file() and STAMP.read_text(encoding="utf-8") == fingerprint()
+def is_ready(environment):
+    """True if everything was installed into it and is still there; its own Python has to ask."""
+    stamp = environment.stamp
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != fingerprint(environment):
+        return False
+    return not any(map(is_half_installed, site_packages().iterdir()))
 
 
-def is_healthy():
-    """True if .venv has a Python that runs, is an allowed one, and has a working pip."""
+def is_healthy(environment):
+    """True if it has a Python that runs, is an allowed one, and has a working pip."""
     _, low, high = allowed()
     test = f"import sys; sys.exit(not {low} <= sys.version_info[:2] < {high})"
     for command in (["-c", test], ["-m", "pip", "--version"]):
         try:
-            subprocess.check_output([str(venv_python()), *command], stderr=subprocess.DEVNULL)
+            subprocess.check_output([str(environment.python), *command], stderr=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError):
             return False
     return True
 
 
-def create():
-    problem = complaint(
-        sys.version_info, sys.executable, importlib.util.find_spec("ensurepip") is not None
-    )
+def create(environment):
+    has_ensurepip = importlib.util.find_spec("ensurepip") is not None
+    problem = complaint(environment, sys.version_info, sys.executable, has_ensurepip)
     if problem:
         sys.exit(problem)
-    if VENV.exists():
-        print("Making .venv anew: the one that is there does not work.", flush=True)
-    code = subprocess.call([sys.executable, "-m", "venv", "--clear", str(VENV)])
+    if environment.folder.exists():
+        print(f"Making {environment.name} anew: the one that is there does not work.", flush=True)
+    code = subprocess.call([sys.executable, "-m", "venv", "--clear", str(environment.folder)])
     if code:
         sys.exit(f"{sys.executable} -m venv failed with exit code {code}; its words are above.")
 
 
-def install():
-    """Install the guide and its tests into the environment of the running Python."""
+def install(environment):
+    """Install what belongs into it; the running Python is its own."""
     import importlib.metadata  # from Python 3.8 on, and this file is also for older ones to read
 
-    if is_ready():
+    if is_ready(environment):
         return
-    if STAMP.exists():
-        STAMP.unlink()
-    remove_half_installed(Path(sysconfig.get_path("purelib")))
+    if environment.stamp.exists():
+        environment.stamp.unlink()
+    remove_half_installed(site_packages())
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
     # A personal setting of `user = true` would otherwise make pip refuse every virtual environment.
-    environment = dict(os.environ, PIP_USER="0")
-    commands = [[*pip, "-c", "constraints.txt", "-e", ".[test]"]]
+    variables = dict(os.environ, PIP_USER="0")
+    commands = [[*pip, *arguments] for arguments in environment.installs]
     if int(importlib.metadata.version("pip").split(".")[0]) < 22:
         # The pip that came with the first Python 3.10 cannot do editable installs of this kind.
         commands.insert(0, [*pip, "--upgrade", "pip"])
     for command in commands:
-        if subprocess.call(command, cwd=str(ROOT), env=environment):
+        if subprocess.call(command, cwd=str(ROOT), env=variables):
             sys.exit(
                 "The set-up did not finish: pip says above why. When that is put right, type the "
                 "same command again, and it goes on from here."
             )
-    # Matplotlib looks at every font once, and says so if that takes long, which would be a line too
-    # many in a notebook's output.
-    warm_up = [str(ROOT / "tools" / "lab.py"), "--", "-c", "import matplotlib.font_manager"]
-    subprocess.call([sys.executable, *warm_up], stderr=subprocess.DEVNULL)
-    STAMP.write_text(fingerprint(), encoding="utf-8")
-    print(".venv is ready.")
+    if environment is V5:
+        # Matplotlib looks at every font once, and says so if that takes long, which would be a line
+        # too many in a notebook's output.
+        warm_up = [str(ROOT / "tools" / "lab.py"), "--", "-c", "import matplotlib.font_manager"]
+        subprocess.call([sys.executable, *warm_up], stderr=subprocess.DEVNULL)
+    environment.stamp.write_text(fingerprint(environment), encoding="utf-8")
+    print(f"{environment.name} is ready.")
 
 
-def remove_half_installed(site_packages):
+def site_packages():
+    return Path(sysconfig.get_path("purelib"))
+
+
+def is_half_installed(path):
+    """True for a package's .dist-info that pip did not finish: it writes RECORD last of all."""
+    return path.name.endswith(".dist-info") and not (path / "RECORD").is_file()
+
+
+def remove_half_installed(folder):
     """Remove what an interrupted pip left, so that the next one installs those packages again.
 
-    pip writes RECORD last of all, takes a package without it for an installed one, and cannot
-    replace it; a name that begins with ~ is a package that it was about to replace.
+    pip takes a package without RECORD for an installed one, and cannot replace it; a name that
+    begins with ~ is a package that it was about to replace.
     """
-    for path in site_packages.iterdir():
-        unfinished = path.name.endswith(".dist-info") and not (path / "RECORD").is_file()
-        if unfinished or path.name.startswith("~"):
+    for path in folder.iterdir():
+        if is_half_installed(path) or path.name.startswith("~"):
             shutil.rmtree(str(path), ignore_errors=True)
 
 
@@ -152,6 +209,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        if sys.argv[1:] == ["--install"]:
+        if sys.argv[-1] == "--install":
             sys.exit(130)  # whoever started this says the rest
         sys.exit("Interrupted. Type the same command again, and the set-up goes on from here.")

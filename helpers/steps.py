@@ -1,0 +1,110 @@
+"""What can be done to a loaded model before it runs: each step as a function and as the lines that
+a person types."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from helpers import adapter, checkpoints, training
+
+
+class Context(NamedTuple):
+    """What a step may need besides the model: its tokenizer, and how its attention was chosen."""
+
+    tokenizer: Any
+    attention: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change to a loaded model: the function that makes it, and the lines that a person types."""
+
+    apply: Callable[[Any, Context], Any]
+    lines: tuple[str, ...]
+
+
+def _add_lora(model: Any, _: Context) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))
+
+
+def _add_dora(model: Any, _: Context) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True))
+
+
+def _merge(model: Any, _: Context) -> Any:
+    adapter.refuse_merge(model)
+    return model.merge_and_unload()
+
+
+def _reload(model: Any, context: Context) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoints.scratch()
+    training.save(model, folder)
+    again: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation=context.attention
+    )
+    return again.to(model.device)
+
+
+def _prepare_kbit(model: Any, _: Context) -> Any:
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model)
+
+
+def _train(model: Any, context: Context) -> Any:
+    training.train(model, context.tokenizer, mixed_precision="bfloat16", steps=1)
+    return model
+
+
+STEPS = {
+    "float": Step(lambda model, _: model.float(), ("model = model.float()",)),
+    "half": Step(lambda model, _: model.half(), ("model = model.half()",)),
+    "bfloat16": Step(lambda model, _: model.bfloat16(), ("model = model.bfloat16()",)),
+    "lora": Step(
+        _add_lora,
+        (
+            "from peft import LoraConfig, get_peft_model",
+            'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))',
+        ),
+    ),
+    "dora": Step(
+        _add_dora,
+        (
+            "from peft import LoraConfig, get_peft_model",
+            'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True))',
+        ),
+    ),
+    "train": Step(
+        _train,
+        (
+            "from transformers import Trainer, TrainingArguments",
+            'ids = tokenizer("a sentence to learn")["input_ids"]',
+            'data = [{"input_ids": ids, "labels": ids}]',
+            'arguments = TrainingArguments("trained", bf16=True, max_steps=1, report_to=[])',
+            "Trainer(model, arguments, train_dataset=data).train()",
+        ),
+    ),
+    "merge": Step(_merge, ("model = model.merge_and_unload()",)),
+    "reload": Step(
+        _reload,
+        (
+            'model.save_pretrained("merged")',
+            'model = AutoModelForCausalLM.from_pretrained("merged", {dtype}="auto",'
+            ' attn_implementation="{attention}").to(model.device)',
+        ),
+    ),
+    "prepare_kbit": Step(
+        _prepare_kbit,
+        (
+            "from peft import prepare_model_for_kbit_training",
+            "model = prepare_model_for_kbit_training(model)",
+        ),
+    ),
+}
+ADD_ADAPTER = ("lora", "dora")

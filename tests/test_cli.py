@@ -1,0 +1,109 @@
+"""The command dtype-doctor: what it prints, and its exit status."""
+
+import json
+from importlib.metadata import entry_points
+
+import pytest
+
+from helpers import cli, experiment, machine
+from helpers.experiment import Outcome
+from helpers.plan import LoadPlan
+
+REFUSED = "FlashAttention only support fp16 and bf16 data type"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    monkeypatch.setenv("LOCAL_KERNELS", "")  # which activate() sets, and a command leaves so
+
+
+def run(*arguments):
+    return cli.main(["run", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("--dtype", "auto"), 0, "✔ Works"),
+        (("--checkpoint", "fp32"), 1, f"✖ Fails: RuntimeError: {REFUSED}"),
+        (("--checkpoint", "overflow", "--dtype", "float16"), 1, "⚠ Runs, and is wrong"),
+        (("--checkpoint", "fp32", "--after-load", "lora", "merge", "half"), 0, "after lora, merge"),
+    ],
+)
+def test_the_status_is_the_verdict(capsys, arguments, status, said):
+    assert run(*arguments) == status
+    printed = capsys.readouterr()
+    assert said in printed.out
+    assert "transformers 5" in printed.out
+    assert printed.err == ""
+
+
+def test_every_field_of_a_plan_can_be_said(monkeypatch, capsys):
+    plans = []
+    monkeypatch.setattr(experiment, "run", lambda plan: plans.append(plan) or Outcome(plan))
+    run(
+        *("--checkpoint", "fp16", "--dtype", "float32", "--default-dtype", "float16"),
+        *("--attention", "eager", "--autocast", "bfloat16", "--adapter", "an/adapter"),
+        *("--after-load", "merge", "reload", "--question", "And why?", "--keyword", "torch_dtype"),
+        "--json",
+    )
+    assert plans == [
+        LoadPlan(
+            "fp16",
+            "float32",
+            "float16",
+            "eager",
+            "bfloat16",
+            ("merge", "reload"),
+            "And why?",
+            "an/adapter",
+            "torch_dtype",
+        )
+    ]
+    assert LoadPlan(**json.loads(capsys.readouterr().out)["plan"]) == plans[0]
+
+
+def test_json_is_the_outcome(capsys):
+    assert run("--checkpoint", "fp32", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["error_type"], found["error"]) == ("RuntimeError", REFUSED)
+    assert found["versions"] == experiment.versions()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--checkpoint", "nowhere"), "'nowhere' is not a checkpoint"),
+        (("--after-load", "merge"), "with nothing to merge"),
+        (("--adapter", "nowhere"), "nowhere"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_one_sentence_and_status_2(capsys, arguments, said):
+    assert run(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("run", "--dtype", "bf16"), ("run", "--after-load", "x")]
+)
+def test_what_the_command_line_does_not_know_is_refused(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    assert "usage: dtype-doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_env_is_the_report_on_the_machine(monkeypatch, ready):
+    monkeypatch.setattr(machine, "report", lambda: ready)
+    assert cli.main(["env"]) == (0 if ready else 1)
+
+
+def test_it_is_installed_as_dtype_doctor():
+    (command,) = entry_points(group="console_scripts", name="dtype-doctor")
+    assert command.load() is cli.main
