@@ -223,7 +223,8 @@ def _of_the_adapter(adapter: Any, weights: _Weights) -> Iterator[Line]:
 
 def _fit(adapter: Adapter, config: Any, weights: _Weights) -> Line:
     name = "adapter fits base"
-    pair = f"the base is {weights.name!r}, and the adapter was trained on {adapter.base!r}"
+    named = "a base without a name" if adapter.base is None else _brief(adapter.base)
+    pair = f"the base is {_brief(weights.name)}, and the adapter was trained on {named}"
     try:
         model = weights.model if weights.model is not None else _skeleton(weights.folder)
     except Exception as error:  # code of its own, a newer architecture, no causal language model
@@ -338,6 +339,11 @@ def _skeleton(folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(
             config, attn_implementation="eager", trust_remote_code=False
         )
+
+
+def _brief(name: str) -> str:
+    """The end of a path, and any other name as it is."""
+    return repr(Path(name).name if os.path.isabs(name) else name)  # noqa: PTH117
 
 
 def _is_model(value: Any) -> bool:

@@ -19,8 +19,8 @@ class Tensor(NamedTuple):
 
 
 def file_dtypes(folder: Path) -> dict[str, int]:
-    """The dtypes of the tensors in a model's safetensors files, with counts, most frequent first.
-    Empty for other formats.
+    """The dtypes of the tensors in a model's or an adapter's safetensors files, with counts, most
+    frequent first. Empty for other formats.
 
     Raises:
         PlanError: a file is not what its name says.
@@ -41,13 +41,14 @@ def declared_dtype(folder: Path) -> str | None:
 
 
 def tensors(folder: Path) -> list[Tensor]:
-    """The tensors of a model's safetensors files, in the order in which Transformers meets them.
+    """The tensors of a model's or an adapter's files, in the order in which they are met at load.
 
     Raises:
         PlanError: a file is not what its name says.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [single] if single.is_file() else []
+    whole = [folder / name for name in ("model.safetensors", "adapter_model.safetensors")]
+    files = [file for file in whole if file.is_file()][:1]
+    index = folder / "model.safetensors.index.json"
     if not files and index.is_file():
         try:
             shards = set(json_object(index)["weight_map"].values())

@@ -32,6 +32,10 @@ THENS: dict[str, dict[str, Any]] = {
     "k-bit preparation": {"after_load": ("prepare_kbit",)},
     "k-bit preparation, autocast": {"after_load": ("prepare_kbit",), "autocast": "bfloat16"},
     "LoRA, trained in mixed precision": {"after_load": ("lora", "train")},
+    # What the pitfalls of notebook 05 need besides.
+    "LoRA, autocast": {"after_load": ("lora",), "autocast": "bfloat16"},
+    "float32 norms": {"after_load": ("norms_float",)},
+    "float32 norms, autocast": {"after_load": ("norms_float",), "autocast": "bfloat16"},
 }
 # What else the panel's knobs can say, so that it finds a record for each of their positions.
 KNOB_LOADS: dict[str, dict[str, Any]] = {

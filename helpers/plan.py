@@ -1,5 +1,6 @@
 """What is to be loaded, and how: a LoadPlan, and the script that a person would write for it."""
 
+import functools
 import json
 import os
 import re
@@ -99,7 +100,7 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
     """
     own = str(plan.checkpoint) not in checkpoints.available()
     path = _quoted(str(plan.checkpoint) if own else "path/to/your-model")
-    numbers = re.findall(r"\d+", transformers_version or version("transformers"))
+    numbers = re.findall(r"\d+", transformers_version or _installed())
     release = tuple(map(int, numbers[:2]))
     keyword = plan.keyword if release >= (4, 56) else "torch_dtype"
     value = '"auto"' if plan.dtype == "auto" else f"torch.{plan.dtype}"
@@ -132,6 +133,11 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
         call = "    " + call
     lines += [call, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
     return "\n".join(lines) + "\n"
+
+
+@functools.cache  # reading the metadata of a package takes milliseconds
+def _installed() -> str:
+    return version("transformers")
 
 
 def _quoted(text: str) -> str:

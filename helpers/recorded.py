@@ -15,8 +15,8 @@ from helpers import checkpoints, matrix
 from helpers.errors import PlanError
 from helpers.experiment import Outcome, Versions
 from helpers.matrix import LOADS, THENS, Cell, Row, to_outcome
-from helpers.original_report import Event
 from helpers.plan import ATTENTION, LoadPlan, listed
+from helpers.stories import Event
 from helpers.view import SYMBOL, Table, verdict
 
 FOLDER = Path(__file__).parent / "data" / "matrix"
@@ -29,7 +29,7 @@ class Record(NamedTuple):
     versions: Versions
     said: list[str]
     rows: list[Row]
-    original_report: dict[str, list[Event]]
+    stories: dict[str, list[Event]]
 
     def heard(self, row: Row) -> list[str]:
         """The warnings and log lines of a row."""
@@ -40,25 +40,23 @@ def read(generation: str, wanted: Container[Cell] | None = None) -> Record:
     """The stored record of a generation of Transformers, ``"4"`` or ``"5"``; of ``wanted`` cells
     only, because all of them take megabytes."""
     about = json.loads((FOLDER / f"transformers-{generation}.json").read_text("utf-8"))
-    reports = {
-        base: [Event(**event) for event in events]
-        for base, events in about["original_report"].items()
+    stories = {
+        story: [Event(**event) for event in events] for story, events in about["stories"].items()
     }
     with (FOLDER / f"transformers-{generation}.csv").open(encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
         next(lines)
         rows = [Row(*line) for line in lines if wanted is None or Cell(*line[:4]) in wanted]
-    return Record(Versions(about["versions"]), about["said"], rows, reports)
+    return Record(Versions(about["versions"]), about["said"], rows, stories)
 
 
 def write(generation: str, record: Record) -> None:
     """Store a record."""
     FOLDER.mkdir(exist_ok=True)
-    reports = {
-        base: [event._asdict() for event in events]
-        for base, events in record.original_report.items()
+    stories = {
+        story: [event._asdict() for event in events] for story, events in record.stories.items()
     }
-    about = {"versions": record.versions, "said": record.said, "original_report": reports}
+    about = {"versions": record.versions, "said": record.said, "stories": stories}
     text = json.dumps(about, indent=1) + "\n"
     (FOLDER / f"transformers-{generation}.json").write_text(text, "utf-8", newline="\n")
     with (FOLDER / f"transformers-{generation}.csv").open("w", encoding="utf-8", newline="") as f:
@@ -124,17 +122,17 @@ def compare(
     return Table(_caption(fixed, uses_autocast), [*map(str.capitalize, varying), *heads], rows)
 
 
-def original_report(checkpoint: str = "bf16") -> Table:
-    """What each version made of the report that this guide began with, step by step.
+def story(name: str = "original report, bf16") -> Table:
+    """What each version made of one of ``helpers.stories``, step by step.
 
     Raises:
-        PlanError: it was not carried out with this checkpoint.
+        PlanError: there is no such story.
     """
-    reports = [read(generation, ()).original_report for generation in GENERATIONS]
-    _names("checkpoint", checkpoint, reports[0])
-    steps = zip(*(report[checkpoint] for report in reports), strict=True)
+    told = [read(generation, ()).stories for generation in GENERATIONS]
+    _names("story", name, told[0])
+    steps = zip(*(stories[name] for stories in told), strict=True)
     return Table(
-        _caption([f"pretrained model: {checkpoint}"], autocast=True),
+        _caption([name], autocast="report" in name),
         ["Step", *(f"Transformers {version(g)}" for g in GENERATIONS)],
         [(events[0].done, *map(_event, events)) for events in steps],
     )

@@ -57,6 +57,13 @@ def _prepare_kbit(model: Any, _: Context) -> Any:
     return prepare_model_for_kbit_training(model)
 
 
+def _norms_float(model: Any, _: Context) -> Any:
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.float()
+    return model
+
+
 def _train(model: Any, context: Context) -> Any:
     training.train(model, context.tokenizer, mixed_precision="bfloat16", steps=1)
     return model
@@ -97,6 +104,14 @@ STEPS = {
             'model.save_pretrained("merged")',
             'model = AutoModelForCausalLM.from_pretrained("merged", {dtype}="auto",'
             ' attn_implementation="{attention}").to(model.device)',
+        ),
+    ),
+    "norms_float": Step(
+        _norms_float,
+        (
+            "for name, module in model.named_modules():",
+            '    if "norm" in name:',
+            "        module.float()",
         ),
     ),
     "prepare_kbit": Step(

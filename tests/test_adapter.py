@@ -982,10 +982,9 @@ def test_base_that_cannot_be_built_leaves_the_fit_open(saved, tmp_path):
 
 def test_whole_checklist_as_text(saved):
     found = checklist(saved("bf16"), "fp32", trained_in=torch.bfloat16, autocast=torch.bfloat16)
-    trained_on = str(checkpoints.get("bf16"))
     assert str(found).splitlines() == [
         "[OK] adapter fits base: in every shape; the base is 'fp32', and the adapter was trained"
-        f" on {trained_on!r}",
+        " on 'bf16'",
         "[OK] adapter's tensors: float32 (42)",
         "[OK] base's tensors: float32 (38) on file; config.json says float32",
         "[OK] load: without dtype: float32 with Transformers 4, float32 with 5 (this is"

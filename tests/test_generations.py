@@ -23,7 +23,7 @@ import peft  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from helpers import checkpoints, machine, original_report, recorded  # noqa: E402
+from helpers import checkpoints, machine, recorded, stories  # noqa: E402
 from helpers.experiment import parameter_dtypes, run, versions  # noqa: E402
 from helpers.matrix import LOADS, Cell, to_row  # noqa: E402
 from helpers.plan import LoadPlan, snippet  # noqa: E402
@@ -146,8 +146,8 @@ def test_the_original_report_by_hand_ends_as_recorded():
     with raises:
         model.generate(**inputs, max_new_tokens=2)
 
-    events = original_report.reproduce("bf16")
-    assert events == recorded.read(GENERATION).original_report["bf16"]
+    events = stories.carry_out("original report, bf16")
+    assert events == recorded.read(GENERATION).stories["original report, bf16"]
     assert events[0].result == "the loss falls"
     refused = [event.result == f"RuntimeError: {REFUSED}" for event in events[1:]]
     assert refused == ([True] * 4 + [False] if OLD else [False] * 5)

@@ -62,18 +62,6 @@ def v4():
 # Reproduced.
 
 
-def test_this_environment_gives_the_stored_outcomes():
-    done = run_in(sys.executable, "tools/matrix.py", "--check", "--jobs", "1")
-    assert done.returncode == 0, done.stderr
-    assert f"{len(list(cells()))} cells" in done.stdout
-
-
-def test_transformers_4_gives_the_stored_outcomes(v4):
-    done = run_in(v4, "tools/matrix.py", "--check", "--jobs", "1")
-    assert done.returncode == 0, done.stderr
-    assert "Transformers 4.57.6: " in done.stdout
-
-
 def test_helpers_do_under_transformers_4_what_plain_transformers_does(v4):
     files = [f"tests/test_{name}.py" for name in ("generations", "adapter", "training")]
     # The bar needs ipywidgets, which that environment does without.
@@ -81,6 +69,18 @@ def test_helpers_do_under_transformers_4_what_plain_transformers_does(v4):
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 350
     print(done.stdout)  # with the reasons of what was skipped
+
+
+def test_this_environment_gives_the_stored_outcomes():
+    done = run_in(sys.executable, "tools/matrix.py", "--check")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(list(cells()))} cells" in done.stdout
+
+
+def test_transformers_4_gives_the_stored_outcomes(v4):
+    done = run_in(v4, "tools/matrix.py", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "Transformers 4.57.6: " in done.stdout
 
 
 def change(record, number, **fields):
@@ -119,12 +119,12 @@ def test_the_numbers_of_warnings_do_not_matter_only_their_words():
     assert list(tool.differences(record, moved)) == []
 
 
-def test_another_end_of_the_original_report_is_found():
+def test_another_end_of_a_story_is_found():
     record = RECORDS[0]
-    events = [*record.original_report["bf16"]]
+    events = [*record.stories["original report, bf16"]]
     events[1] = events[1]._replace(result="says what it learned")
-    changed = {**record.original_report, "bf16": events}
-    (line,) = tool.differences(record, record._replace(original_report=changed))
+    changed = {**record.stories, "original report, bf16": events}
+    (line,) = tool.differences(record, record._replace(stories=changed))
     assert "original report, bf16, 2" in line
     assert REFUSED in line
 
@@ -139,7 +139,7 @@ def test_every_cell_is_recorded_once_in_order(record):
 
 def test_the_table_has_every_checkpoint_load_continuation_and_attention():
     wanted = set(map(Cell._make, product(checkpoints.available(), LOADS, THENS, ATTENTION)))
-    assert len(wanted) == 6 * 7 * 12 * 3
+    assert len(wanted) == 6 * 7 * (12 + 3) * 3
     assert wanted <= set(cells())
     assert len({cell.plan() for cell in cells()}) == len(list(cells()))
 
@@ -191,7 +191,7 @@ def test_float32_at_the_gate_is_the_error_and_nothing_else_is():
         for row in record.rows:
             if row.attention == "flash_attention_2":
                 assert ("float32 refused" in row.gate) == (row.error == REFUSED), row.cell
-            assert row.error in ("", REFUSED)
+            assert row.error in ("", REFUSED) or (row.then == "float32 norms" and row.gate == "")
 
 
 # Read back.

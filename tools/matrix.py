@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 
-from helpers import backend, original_report, recorded
+from helpers import backend, recorded
 from helpers.experiment import Outcome, run, versions
 from helpers.matrix import Cell, cells, to_row
-
-BASES = ("bf16", "fp32")  # what the original report is carried out with
+from helpers.stories import STORIES, carry_out
 
 
 def main() -> None:
@@ -42,16 +41,16 @@ def main() -> None:
 
 
 def measure(jobs: int) -> recorded.Record:
-    """Every cell, in the order of ``cells``, and the original report."""
+    """Every cell, in the order of ``cells``, and every story."""
     parts = [list(part) for _, part in groupby(cells(), key=lambda cell: cell[:2])]
     said: list[str] = []
     # Started anew, not forked: a fork would inherit the threads of torch half-way.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=backend.activate) as pool:
         outcomes = [outcome for part in pool.map(run_all, parts) for outcome in part]
-        reports = dict(zip(BASES, pool.map(original_report.reproduce, BASES), strict=True))
+        told = dict(zip(STORIES, pool.map(carry_out, STORIES), strict=True))
     rows = [to_row(cell, outcome, said) for cell, outcome in zip(cells(), outcomes, strict=True)]
-    return recorded.Record(versions(), said, rows, reports)
+    return recorded.Record(versions(), said, rows, told)
 
 
 def run_all(part: list[Cell]) -> list[Outcome]:
@@ -59,7 +58,7 @@ def run_all(part: list[Cell]) -> list[Outcome]:
 
 
 def differences(then: recorded.Record, now: recorded.Record) -> Iterator[str]:
-    """One line for each cell or report that is new, gone or different, field by field."""
+    """One line for each cell or event that is new, gone or different, field by field."""
     before, after = fields(then), fields(now)
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name, {}), after.get(name, {})
@@ -78,9 +77,9 @@ def fields(record: recorded.Record) -> dict[str, dict[str, str]]:
         " | ".join(row.cell): {**row._asdict(), "said": "\n".join(record.heard(row))}
         for row in record.rows
     }
-    for base, events in record.original_report.items():
+    for story, events in record.stories.items():
         for number, event in enumerate(events, 1):
-            found[f"original report, {base}, {number}"] = event._asdict()
+            found[f"{story}, {number}"] = event._asdict()
     return found
 
 

@@ -1,17 +1,24 @@
-"""The report that this guide began with, from start to end, on the installed Transformers.
+"""What takes more than one load, carried out from start to end on the installed Transformers.
 
-QwenLM/Qwen3#406 (May 2024): ``_attn_implementation`` set to flash_attention_2 in the config.json of
-the pretrained model, LoRA fine-tuning, and at inference "FlashAttention only support fp16 and bf16
-data type". The answer there: ``torch_dtype="auto"``, or ``torch.bfloat16``.
+*The original report* is QwenLM/Qwen3#406 (May 2024): ``_attn_implementation`` set to
+flash_attention_2 in the config.json of the pretrained model, LoRA fine-tuning, and at inference
+"FlashAttention only support fp16 and bf16 data type". The answer there: ``torch_dtype="auto"``, or
+``torch.bfloat16``.
+
+*One dtype in training, another at inference* puts one adapter on a base in three dtypes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers import backend, checkpoints, state, training
 from helpers.experiment import parameter_dtypes
+from helpers.files import dtype_name
 from helpers.gate import watch
+
+LEARNED = "says what it learned"
 
 
 class Event(NamedTuple):
@@ -23,17 +30,17 @@ class Event(NamedTuple):
     result: str
 
 
-def reproduce(checkpoint: str) -> list[Event]:
-    """Carry it out with one of the guide's checkpoints as the pretrained model.
+def carry_out(story: str) -> list[Event]:
+    """Carry out one of ``STORIES``.
 
     The process is afterwards as it was; nothing is written but scratch folders, which go.
     """
     with state.as_before(), state.listening():
         backend.activate()
-        return list(_events(checkpoint))
+        return list(STORIES[story]())
 
 
-def _events(checkpoint: str) -> Iterator[Event]:
+def _original_report(checkpoint: str) -> Iterator[Event]:
     import torch
     from peft import PeftModel, get_peft_model
     from transformers import AutoTokenizer
@@ -76,15 +83,46 @@ def _answer(done: str, model: Any, tokenizer: Any) -> Event:
     question, answer = training.LESSON
     inputs = tokenizer(question, return_tensors="pt").to(model.device)
     model.eval()
-    result = ""
     try:
         with watch(model) as seen, torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        result = "says what it learned" if text.strip() == answer else f"says: {text.strip()}"
+        result = LEARNED if text.strip() == answer else f"says: {text.strip()}"
     except RuntimeError as error:
         result = f"RuntimeError: {error}"
     return Event(done, _of(model), _at(seen), result)
+
+
+def _other_dtype() -> Iterator[Event]:
+    import torch
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoTokenizer
+
+    base = checkpoints.get("fp32")  # all three attend with sdpa, which takes float32 too
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    inputs = tokenizer(training.LESSON[0], return_tensors="pt")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for trained_in in dtypes[:2]:
+        learner = get_peft_model(_load(base, dtype=trained_in), training.lora_config())
+        training.train(learner, tokenizer)
+        adapter = training.save(learner, checkpoints.scratch())
+        logits = {}
+        for dtype in (trained_in, *(d for d in dtypes if d != trained_in)):
+            model = PeftModel.from_pretrained(_load(base, dtype=dtype), str(adapter)).eval()
+            with torch.inference_mode():
+                logits[dtype] = model(**inputs.to(model.device)).logits.float()
+            moved = float((logits[dtype] - logits[trained_in]).abs().max())
+            done = f"trained in {dtype_name(trained_in)}, inference in {dtype_name(dtype)}"
+            event = _answer(done, model, tokenizer)
+            yield event._replace(result=f"{event.result}; {_in_words(moved)}")
+
+
+def _in_words(moved: float) -> str:
+    """A bound instead of the number, whose digits differ from CPU to CPU."""
+    bound = next((bound for bound in (0.05, 0.5) if moved < bound), None)
+    if moved == 0:
+        return "no logit moves"
+    return f"a logit moves by less than {bound}" if bound else "a logit moves by 0.5 or more"
 
 
 def _of(model: Any) -> str:
@@ -92,4 +130,12 @@ def _of(model: Any) -> str:
 
 
 def _at(seen: Any) -> str:
-    return " and ".join(dict.fromkeys(str(record.kernel) for record in seen))
+    kernels = dict.fromkeys(str(record.kernel) for record in seen if record.kernel)
+    return " and ".join(kernels) or "nothing, sdpa attends"
+
+
+STORIES: dict[str, Callable[[], Iterator[Event]]] = {
+    "original report, bf16": partial(_original_report, "bf16"),
+    "original report, fp32": partial(_original_report, "fp32"),
+    "one dtype in training, another at inference": _other_dtype,
+}
