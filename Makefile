@@ -5,8 +5,8 @@ PYTHON ?= python3
 # Passed on to JupyterLab: make lab LAB_FLAGS="--no-browser --port 8899"
 LAB_FLAGS ?=
 # Passed on to pytest, whose other options are in pyproject.toml. Without loadfile, a notebook's
-# cells would be spread over the processes.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# cells would be spread over the processes; without no-reorder, the longest file would come last.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 VENV_PYTHON := .venv/bin/python
 V4_PYTHON := .venv-v4/bin/python

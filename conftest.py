@@ -12,6 +12,11 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
+def pytest_collection_modifyitems(items):
+    # The file that takes longest comes first, so that no process waits for it at the end.
+    items.sort(key=lambda item: item.path.name != "test_matrix.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """nbval runs a cell without a stored run and compares nothing, and it accepts that a cell

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SMALL = 32 * 2**20  # bytes of weights
 REFERENCE_LIMIT = 2 * 2**30  # bytes of weights; twice as much in memory where they are 16 bit
 
+Loader = Callable[[LoadPlan, str, str], tuple[Any, Any]]
+
 _one_at_a_time = threading.Lock()  # default dtype and log handlers belong to the process
 
 
@@ -113,13 +115,28 @@ class Outcome:
         return f"{verdict}: {self.text}"
 
 
-def run(plan: LoadPlan) -> Outcome:
+def load(plan: LoadPlan, path: str, device: str) -> tuple[Any, Any]:
+    """The model of a plan, by ``from_pretrained`` from ``path``, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = {} if plan.dtype == "omitted" else {plan.keyword: _dtype_argument(plan.dtype)}
+    with state.default_dtype(plan.default_dtype):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=plan.attention, **dtype
+        )
+    return model.to(device), AutoTokenizer.from_pretrained(path)
+
+
+def run(plan: LoadPlan, load: Loader = load) -> Outcome:
     """Carry out the plan and measure.
 
     An exception inside the libraries becomes part of the Outcome. On a CPU under Transformers 4,
     autocast counts for the rescue cast as it does on a GPU (``gate.watch`` says how). The default
     dtype, environment, registered attention functions, log levels, random state and warning filters
     are afterwards as they were before, also on Ctrl-C.
+
+    Args:
+        load: what loads the model and the tokenizer; tools/matrix.py loads once for many plans.
 
     Raises:
         PlanError: the plan itself is at fault.
@@ -136,7 +153,7 @@ def run(plan: LoadPlan) -> Outcome:
         _few_threads(size)
         reference = _reference(path, plan, size)
         with state.listening() as (heard, warned):
-            measured = _measure(plan, path, here, reference)
+            measured = _measure(plan, path, here, reference, load)
     files = local_folder(path)
     return replace(
         measured,
@@ -179,7 +196,11 @@ def versions() -> Versions:
 
 
 def _measure(
-    plan: LoadPlan, path: str, here: backend.Backend, reference: "torch.Tensor | None"
+    plan: LoadPlan,
+    path: str,
+    here: backend.Backend,
+    reference: "torch.Tensor | None",
+    load: Loader,
 ) -> Outcome:
     import torch
 
@@ -187,7 +208,7 @@ def _measure(
     seen: dict[str, list[GateRecord]] = {}
     started = time.perf_counter()
     try:
-        model, tokenizer = _load(plan, path, here)
+        model, tokenizer = load(plan, path, here.device)
         outcome = replace(outcome, stage="after_load", loaded_dtypes=parameter_dtypes(model))
         context = Context(tokenizer, plan.attention)
         for name, change in _changes(plan):
@@ -254,17 +275,6 @@ def _weight_bytes(path: str) -> int:
     if (folder := local_folder(path)) is None:
         return 0
     return sum(f.stat().st_size for end in ("safetensors", "bin") for f in folder.glob(f"*.{end}"))
-
-
-def _load(plan: LoadPlan, path: str, here: backend.Backend) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = {} if plan.dtype == "omitted" else {plan.keyword: _dtype_argument(plan.dtype)}
-    with state.default_dtype(plan.default_dtype):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=plan.attention, **dtype
-        )
-    return model.to(here.device), AutoTokenizer.from_pretrained(path)
 
 
 def _dtype_argument(name: str) -> Any:

@@ -7,17 +7,21 @@ The outcomes go to helpers/data/matrix, one file for each generation of Transfor
 """
 
 import argparse
+import copy
+import logging
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import groupby
 
-from helpers import backend, recorded
-from helpers.experiment import Outcome, run, versions
+from helpers import backend, checkpoints, recorded, state
+from helpers.experiment import Outcome, load, run, versions
 from helpers.matrix import Cell, cells, to_row
+from helpers.plan import LoadPlan
 from helpers.stories import STORIES, carry_out
 
 
@@ -46,15 +50,62 @@ def measure(jobs: int) -> recorded.Record:
     said: list[str] = []
     # Started anew, not forked: a fork would inherit the threads of torch half-way.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=backend.activate) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=switch_on) as pool:
         outcomes = [outcome for part in pool.map(run_all, parts) for outcome in part]
         told = dict(zip(STORIES, pool.map(carry_out, STORIES), strict=True))
     rows = [to_row(cell, outcome, said) for cell, outcome in zip(cells(), outcomes, strict=True)]
     return recorded.Record(versions(), said, rows, told)
 
 
+def switch_on() -> None:
+    """Register FlashAttention for good: ``run`` takes back what is registered inside, and a model
+    that is used again would look for it."""
+    backend.activate()
+    with state.listening():
+        load(LoadPlan(), str(checkpoints.get("bf16")), "cpu")
+
+
 def run_all(part: list[Cell]) -> list[Outcome]:
-    return [run(cell.plan()) for cell in part]
+    once = Once()
+    return [run(cell.plan(), once) for cell in part]
+
+
+class Once:
+    """Loads once what several cells load alike, and gives each its own copy. What the libraries
+    logged at the load is logged again for each."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[LoadPlan, tuple[object, object, list[logging.LogRecord]]] = {}
+
+    def __call__(self, plan: LoadPlan, path: str, device: str) -> tuple[object, object]:
+        alike = replace(plan, autocast=None, after_load=())
+        if alike not in self.loaded:
+            recorder = Recorder()
+            loggers = [logging.getLogger(name) for name in ("transformers", "kernels")]
+            for logger in loggers:
+                logger.addHandler(recorder)
+            try:
+                model, tokenizer = load(plan, path, device)
+            finally:
+                for logger in loggers:
+                    logger.removeHandler(recorder)
+            self.loaded[alike] = (model, tokenizer, recorder.records)
+            return copy.deepcopy(model), tokenizer
+        model, tokenizer, records = self.loaded[alike]
+        for record in records:
+            logging.getLogger(record.name).handle(record)
+        return copy.deepcopy(model), tokenizer
+
+
+class Recorder(logging.Handler):
+    """Keeps the records of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 def differences(then: recorded.Record, now: recorded.Record) -> Iterator[str]:
