@@ -33,6 +33,26 @@ def notebook(quick: bool) -> Iterator[Row]:
     yield Row("  its peak memory", "MB", *([m.peak for m in side] for side in sides), 1.10)
 
 
+def lora(quick: bool) -> Iterator[Row]:
+    """Notebook 05, its training included."""
+    path = ROOT / "notebooks" / "05_lora_train_merge_infer.ipynb"
+    found = [processes.notebook(path).seconds for _ in range(2 if quick else 3)]
+    yield Row("notebook 05", "s", found, bound=60)
+
+
+def matrix(quick: bool) -> Iterator[Row]:
+    """One whole table of loads, in each environment that is there; it is compared, not stored."""
+    second = ROOT / ".venv-v4" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    for python in (Path(sys.executable), second):
+        if not python.exists():
+            print("no .venv-v4, so no table of Transformers 4: make setup-v4", file=sys.stderr)
+            continue
+        command = [str(python), "tools/lab.py", "--", "tools/matrix.py", "--check"]
+        check = partial(subprocess.run, command, check=True, cwd=ROOT, capture_output=True)
+        seconds = [timed(check)() / 1e3 for _ in range(2)]
+        yield Row(f"matrix, {python.parents[1].name}", "s", seconds, bound=90)
+
+
 def run(quick: bool) -> Iterator[Row]:
     """``run(LoadPlan())``; the same load, forward and generate without the guide."""
     import torch
@@ -104,6 +124,8 @@ def import_helpers(quick: bool) -> Iterator[Row]:
 
 ROWS = {
     "notebook": notebook,
+    "lora": lora,
+    "matrix": matrix,
     "run": run,
     "click": click,
     "kernel": kernel,

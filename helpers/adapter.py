@@ -306,7 +306,7 @@ def _detach(model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # inner first, while the names hold
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, AuxiliaryTrainingWrapper):

@@ -79,6 +79,7 @@ def _activate_old() -> Backend:
     """
     wanted = {"KERNELS_CACHE": str(HUB_CACHE), "HF_HUB_OFFLINE": "1"}
     if "huggingface_hub" not in sys.modules and not (_has_gpu() and _has_package()):
+        os.environ.pop("HF_KERNELS_CACHE", None)  # the old name, which would come first
         os.environ.update(wanted)
     backend = detect()
     if backend.name == "flash_attn":

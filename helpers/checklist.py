@@ -305,8 +305,11 @@ def _merge(weights: _Weights, loads: str | None, computes: str | None) -> Line:
     if loads is None:
         return Line(name, "unknown", None, "see the lines above")
     keeps = f'keeps {loads}, which "auto" then loads'
-    if loads == computes:
+    if loads == computes and loads in HALF:
         return Line(name, keeps)
+    if loads == computes:
+        refused = f"{keeps}, and FlashAttention refuses it"
+        return Line(name, refused, False, "save the merged model in bfloat16")
     fix = f"load the base with dtype=torch.{computes} before you merge"
     return Line(name, f"{keeps}, and inference without autocast computes in it", False, fix)
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+DAY = 24 * 60 * 60  # seconds
 QUESTION = "Which dtypes does FlashAttention accept?"
 
 
@@ -85,7 +87,7 @@ def get(name: str) -> Path:
 
 def scratch(copy_of: Path | None = None) -> Path:
     """A new folder, empty or a copy, for a checkpoint that this process changes or makes; it goes
-    when the process ends.
+    when the process ends, or a day later if the process is killed.
 
     Raises:
         CheckpointError: neither the cache nor a temporary folder can be written.
@@ -93,6 +95,7 @@ def scratch(copy_of: Path | None = None) -> Path:
 
     def folder(root: Path) -> Path:
         root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
         new = Path(tempfile.mkdtemp(prefix="scratch-", dir=root))
         atexit.register(shutil.rmtree, new, ignore_errors=True)
         if copy_of is not None:
@@ -100,6 +103,15 @@ def scratch(copy_of: Path | None = None) -> Path:
         return new
 
     return _in_cache_or_temporary(folder, "A scratch folder")
+
+
+@functools.cache
+def _sweep(root: Path) -> None:
+    """Remove what processes left that were killed, once a process, a day later or more."""
+    for folder in [*root.glob("scratch-*"), *root.glob("*/.*-*")]:
+        with contextlib.suppress(OSError):
+            if folder.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def edit_config(folder: Path, **changes: str | None) -> None:
@@ -184,7 +196,7 @@ def _save(recipe: Recipe, folder: Path) -> None:
     if recipe.overflow:
         weights = _make_overflow(weights)
 
-    with state.listening(), torch.random.fork_rng(devices=[]):
+    with state.listening(afresh=False), torch.random.fork_rng(devices=[]):
         model = Qwen2ForCausalLM(config).to(getattr(torch, recipe.tensors))
         model.load_state_dict(weights, strict=False)  # lm_head is tied to the embedding
         model.save_pretrained(folder)

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,6 +21,9 @@ from helpers.steps import STEPS
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status of ``run``: 0 it works, 1 it fails or its logits are not finite, 2 not run."""
     given = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The signs of a verdict are not in every console's alphabet.
+        sys.stdout.reconfigure(errors="replace")
     if given.command == "env":
         return 0 if machine.report() else 1
     plan = LoadPlan(**{field.name: getattr(given, field.name) for field in fields(LoadPlan)})
@@ -27,12 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(plan: LoadPlan, as_json: bool) -> int:
-    from helpers import backend
     from helpers.experiment import run
     from helpers.view import Card
 
     try:
-        backend.activate()
         outcome = run(plan)
     except (PlanError, CheckpointError, RuntimeError) as error:
         print(error, file=sys.stderr)

@@ -9,7 +9,6 @@ import functools
 import json
 import platform
 import re
-import threading
 import time
 import traceback
 from collections import Counter
@@ -33,8 +32,6 @@ SMALL = 32 * 2**20  # bytes of weights
 REFERENCE_LIMIT = 2 * 2**30  # bytes of weights; twice as much in memory where they are 16 bit
 
 Loader = Callable[[LoadPlan, str, str], tuple[Any, Any]]
-
-_one_at_a_time = threading.Lock()  # default dtype and log handlers belong to the process
 
 
 class Versions(dict[str, str]):
@@ -71,6 +68,8 @@ class Outcome:
         seconds: wall time of load, forward and generate on this machine's ``backend``, with the
             watching of the gate, which costs most on a GPU.
         snippet: the code a person pastes into their own script.
+        autocast_as_on_a_gpu: it ran on a CPU under Transformers 4, which does not see that autocast
+            is on there; it was made to count as on a GPU (``gate.watch``).
         recorded: not measured now, but read from the record of another environment, which holds no
             frames, no ``max_logit_gap`` and no ``seconds``.
     """
@@ -95,6 +94,7 @@ class Outcome:
     backend: str = ""
     seconds: float = 0.0
     snippet: str = ""
+    autocast_as_on_a_gpu: bool = False
     recorded: bool = False
 
     @property
@@ -143,17 +143,19 @@ def run(plan: LoadPlan, load: Loader = load) -> Outcome:
         RuntimeError: FlashAttention cannot be switched on in this process (``backend.activate``).
     """
     plan.check()
-    path = resolve(str(plan.checkpoint))
-    if plan.adapter is not None:
-        adapter.read(plan.adapter)
-    with _one_at_a_time, state.as_before():
-        uses_flash = plan.attention == "flash_attention_2"
+    uses_flash = plan.attention == "flash_attention_2"
+    with state.environment_as_before():
+        # First of all: under Transformers 4 it has to come before the libraries are imported.
         here = backend.activate() if uses_flash else backend.detect()
-        size = _weight_bytes(path)
-        _few_threads(size)
-        reference = _reference(path, plan, size)
-        with state.listening() as (heard, warned):
-            measured = _measure(plan, path, here, reference, load)
+        path = resolve(str(plan.checkpoint))
+        if plan.adapter is not None:
+            adapter.read(plan.adapter)
+        with state.as_before():
+            size = _weight_bytes(path)
+            _few_threads(size)
+            reference = _reference(path, plan, size)
+            with state.listening() as (heard, warned):
+                measured = _measure(plan, path, here, reference, load)
     files = local_folder(path)
     return replace(
         measured,
@@ -163,8 +165,17 @@ def run(plan: LoadPlan, load: Loader = load) -> Outcome:
         logs=tuple(dict.fromkeys(heard)),
         versions=versions(),
         backend=here.name,
+        autocast_as_on_a_gpu=here.device == "cpu" and needs_a_gpu(plan, versions()),
         snippet=snippet(plan),
     )
+
+
+def needs_a_gpu(plan: LoadPlan, versions: Versions) -> bool:
+    """Whether the rescue cast of this plan asks for autocast on a GPU: Transformers 4 asks torch
+    without naming the device (flash_attention_forward in its integrations/flash_attention.py)."""
+    uses_autocast = plan.autocast is not None or "train" in plan.after_load
+    flash = plan.attention == "flash_attention_2"
+    return flash and uses_autocast and versions["transformers"].startswith("4.")
 
 
 def resolve(checkpoint: str) -> str:
@@ -238,6 +249,12 @@ def _measure(
     except PlanError:
         raise
     except Exception as error:
+        if here.name != "flash_attn" and "kernels-community/" in _key(error):
+            raise PlanError(
+                "This architecture looks its attention up by the name 'flash_attention_2', which no"
+                " kernel but the flash_attn package goes by: it runs with that package on a GPU, or"
+                " here with attention='sdpa'."
+            ) from error
         outcome = replace(
             outcome,
             error_type=type(error).__name__,
@@ -250,6 +267,11 @@ def _measure(
         gate=tuple(seen.get("generate") or seen.get("forward") or ()),
         seconds=time.perf_counter() - started,
     )
+
+
+def _key(error: Exception) -> str:
+    """What a KeyError missed."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
 
 
 def _changes(plan: LoadPlan) -> Iterator[tuple[str, Callable[[Any, Context], Any]]]:
@@ -374,6 +396,10 @@ def _require_reachable(hub_id: str, expected: str) -> None:
         reason = "the hub shows no such model"
     except Exception as error:  # no network shows as many types
         reason = type(error).__name__
+        if backend.is_old() and reason == "OfflineModeIsEnabled":
+            reason = (
+                "HF_HUB_OFFLINE is on, as Transformers 4 needs it here; 'hf download' it before"
+            )
     raise PlanError(
         f"{hub_id!r} is neither a folder, nor in the Hugging Face cache, nor to be had from the hub"
         f" ({reason}): expected {expected}; a hub id needs network at first."

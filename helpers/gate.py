@@ -59,7 +59,9 @@ def watch(model: "PreTrainedModel") -> Iterator[list[GateRecord]]:
 
     Transformers 4 asks ``torch.is_autocast_enabled()`` before the rescue cast, which means CUDA, so
     a region of autocast on the CPU would not count as the same region on a GPU does. While it
-    decides, CUDA's autocast state is therefore the CPU's.
+    decides about CPU tensors, CUDA's autocast state is therefore the CPU's. Architectures of
+    Transformers 4 with attention classes of their own ask elsewhere and are not reached, neither
+    are peft's quantised layers.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
@@ -74,7 +76,7 @@ def watch(model: "PreTrainedModel") -> Iterator[list[GateRecord]]:
         came_back = False
         try:
             function = registered or sys.modules[type(module).__module__].eager_attention_forward
-            with state.autocast_as_on_a_gpu():
+            with state.autocast_as_on_a_gpu(q.device.type):
                 result = function(module, q, k, v, *args, **kwargs)
             came_back = True
             return result

@@ -4,12 +4,13 @@ A cell is a LoadPlan with names for its parts. A row is a cell with what ``run``
 one line of a CSV file.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from helpers import checkpoints
-from helpers.experiment import Outcome, Versions
+from helpers.experiment import Outcome, Versions, needs_a_gpu
 from helpers.files import declared_dtype, file_dtypes
 from helpers.gate import Dtypes, GateRecord
 from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, LoadPlan, snippet
@@ -80,12 +81,12 @@ def cells() -> Iterator[Cell]:
 
 def find(plan: LoadPlan) -> Cell | None:
     """The cell of a plan, or None where the table has none."""
-    for load in (*LOADS, *KNOB_LOADS):
-        for then in (*THENS, *KNOB_THENS):
-            cell = Cell(str(plan.checkpoint), load, then, plan.attention)
-            if cell.plan() == plan and cell in set(cells()):
-                return cell
-    return None
+    return _by_plan().get(plan)
+
+
+@functools.cache
+def _by_plan() -> dict[LoadPlan, Cell]:
+    return {cell.plan(): cell for cell in cells()}
 
 
 class Row(NamedTuple):
@@ -156,6 +157,7 @@ def to_outcome(row: Row, versions: Versions, heard: list[str]) -> Outcome:
         logs=tuple(heard),
         versions=versions,
         backend="reference",
+        autocast_as_on_a_gpu=needs_a_gpu(plan, versions),
         snippet=snippet(plan, versions["transformers"]),
     )
 

@@ -40,7 +40,7 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         self.others = {
             f"{recorded.version(generation)} (recorded)": generation
             for generation in recorded.GENERATIONS
-            if generation != recorded.generation_of(INSTALLED)
+            if generation != recorded.generation_of(INSTALLED) and _has_knobs_only(plan)
         }
         choices = [f"{INSTALLED} (runs here)", *self.others]
         self.transformers = _dropdown("Transformers", choices, choices[0])
@@ -51,7 +51,8 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         self.status.add_class("dg-status")
         self.result = widgets.HTML()
         self.history = widgets.HTML()
-        form = widgets.Box([self.transformers, *self.knobs.values(), self.button])
+        version = [self.transformers] if self.others else []
+        form = widgets.Box([*version, *self.knobs.values(), self.button])
         form.add_class("dg-form")
         super().__init__([_page_parts(), form, self.status, self.result, self.history])
         self.add_class("dg-panel")
@@ -91,19 +92,28 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         outcome = recorded.find(self.plan(), generation)
         if outcome is None:
             raise PlanError(
-                f"Transformers {recorded.version(generation)} has recorded outcomes for the guide's"
-                f" own checkpoints without further steps: choose such a plan, or {INSTALLED}."
+                f"Transformers {recorded.version(generation)} is not installed here, and its record"
+                f" has the guide's own checkpoints only: choose one of them, or {INSTALLED}."
             )
         return outcome
 
     def __repr__(self) -> str:
-        settings = 1 + len(self.knobs)
+        settings = bool(self.others) + len(self.knobs)
         return f"Run this cell to see the panel: {settings} settings and a Run button."
 
 
 def explore(plan: LoadPlan | None = None) -> ExplorePanel:
     """The panel, set to a plan, for the last line of a notebook cell."""
     return ExplorePanel(plan or LoadPlan())
+
+
+def _has_knobs_only(plan: LoadPlan) -> bool:
+    """Whether nothing is set but what has a knob; of other plans there is no record."""
+    usual = LoadPlan()
+    return all(
+        getattr(plan, name) == getattr(usual, name)
+        for name in ("after_load", "question", "adapter", "keyword")
+    )
 
 
 def _dropdown(label: str, values: Iterable[Any], value: Any) -> widgets.Dropdown:

@@ -129,6 +129,8 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
     lines += ["", f'inputs = tokenizer({question}, return_tensors="pt").to(model.device)']
     call = f"output = model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)"
     if plan.autocast:
+        if release < (5,) and plan.attention == "flash_attention_2":
+            lines += ["# Transformers 4 sees this region on a GPU only: on a CPU float32 stays."]
         lines += [f"with torch.autocast(model.device.type, dtype=torch.{plan.autocast}):"]
         call = "    " + call
     lines += [call, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]

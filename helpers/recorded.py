@@ -7,6 +7,7 @@ import csv
 import functools
 import itertools
 import json
+import tempfile
 from collections.abc import Collection, Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +16,14 @@ from helpers import checkpoints, matrix
 from helpers.errors import PlanError
 from helpers.experiment import Outcome, Versions
 from helpers.matrix import LOADS, THENS, Cell, Row, to_outcome
-from helpers.plan import ATTENTION, LoadPlan, listed
+from helpers.plan import ATTENTION, DTYPES, LoadPlan, listed
 from helpers.stories import Event
 from helpers.view import SYMBOL, Table, verdict
 
 FOLDER = Path(__file__).parent / "data" / "matrix"
 GENERATIONS = ("4", "5")
+# flash-attn's text, csrc/flash_attn/flash_api.cpp
+REFUSED = "RuntimeError: FlashAttention only support fp16 and bf16 data type"
 
 
 class Record(NamedTuple):
@@ -51,18 +54,22 @@ def read(generation: str, wanted: Container[Cell] | None = None) -> Record:
 
 
 def write(generation: str, record: Record) -> None:
-    """Store a record."""
+    """Store a record; an interrupted call leaves the old one."""
     FOLDER.mkdir(exist_ok=True)
     stories = {
         story: [event._asdict() for event in events] for story, events in record.stories.items()
     }
     about = {"versions": record.versions, "said": record.said, "stories": stories}
     text = json.dumps(about, indent=1) + "\n"
-    (FOLDER / f"transformers-{generation}.json").write_text(text, "utf-8", newline="\n")
-    with (FOLDER / f"transformers-{generation}.csv").open("w", encoding="utf-8", newline="") as f:
-        lines = csv.writer(f, lineterminator="\n")
-        lines.writerow(Row._fields)
-        lines.writerows(record.rows)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=FOLDER) as new:
+        files = [Path(new) / f"transformers-{generation}.{end}" for end in ("json", "csv")]
+        files[0].write_text(text, "utf-8", newline="\n")
+        with files[1].open("w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(Row._fields)
+            lines.writerows(record.rows)
+        for path in files:
+            path.replace(FOLDER / path.name)
 
 
 @functools.cache
@@ -93,11 +100,13 @@ def compare(
     load: str | Sequence[str] = (),
     then: str | Sequence[str] = "plain",
     attention: str | Sequence[str] = "flash_attention_2",
+    said: bool = False,
 ) -> Table:
     """What each Transformers version makes of the same lines, a column a version.
 
     Each argument is one name, several, or ``()`` for all that the table has (``helpers.matrix``).
-    A cell says the dtypes of the weights, as loaded and after what happens next, and the result.
+    A cell says the dtypes of the weights, as loaded and after what happens next, and the result;
+    with ``said`` also the warnings and log lines.
 
     Raises:
         PlanError: a name that the table does not have.
@@ -109,12 +118,15 @@ def compare(
         "attention": _names("attention", attention, ATTENTION),
     }
     varying = [axis for axis, names in chosen.items() if len(names) > 1] or ["checkpoint"]
-    fixed = [f"{axis} {names[0]}" for axis, names in chosen.items() if axis not in varying]
+    fixed = [_in_words(axis, names[0]) for axis, names in chosen.items() if axis not in varying]
     wanted = [Cell(*names) for names in itertools.product(*chosen.values())]
     found = {generation: outcomes(wanted, generation) for generation in GENERATIONS}
     heads = [f"Transformers {version(g)}" for g in GENERATIONS]
     rows = [
-        (*(getattr(cell, axis) for axis in varying), *(in_short(found[g][cell]) for g in found))
+        (
+            *(getattr(cell, axis) for axis in varying),
+            *(in_short(found[g][cell], said) for g in found),
+        )
         for cell in wanted
     ]
     plans = [cell.plan() for cell in wanted]
@@ -139,8 +151,17 @@ def story(name: str = "original report, bf16") -> Table:
 
 
 def _event(event: Event) -> str:
+    if event.result == REFUSED:
+        return f"{event.weights} → {SYMBOL['bad']} gate refuses {event.kernel}"
     sign = SYMBOL["bad" if "Error" in event.result else "good"]
-    return f"weights {event.weights}; kernel got {event.kernel}; {sign} {event.result}"
+    kernel = f"kernel got {event.kernel} → " if event.kernel else ""
+    return f"{event.weights} → {kernel}{sign} {event.result}"
+
+
+def _in_words(axis: str, name: str) -> str:
+    if axis == "then":
+        return "nothing done after the load" if name == "plain" else name
+    return f"dtype {name}" if axis == "load" and name in DTYPES else name
 
 
 def _names(axis: str, given: str | Sequence[str], known: Iterable[str]) -> list[str]:
@@ -152,7 +173,7 @@ def _names(axis: str, given: str | Sequence[str], known: Iterable[str]) -> list[
     return names
 
 
-def in_short(outcome: Outcome) -> str:
+def in_short(outcome: Outcome, said: bool = False) -> str:
     """The dtypes of the weights and what came of them: ``"float32 → ✖ gate refuses float32"``."""
     weights = [" and ".join(d) for d in (outcome.loaded_dtypes, outcome.changed_dtypes) if d]
     result = verdict(outcome)
@@ -161,7 +182,8 @@ def in_short(outcome: Outcome) -> str:
     if not outcome.ok and not refused:
         what = f"{outcome.error_type}: {outcome.error}"
     where = " in generate" if not outcome.ok and outcome.stage == "generate" else ""
-    return " → ".join([*weights, f"{SYMBOL[result.state]} {what}{where}"])
+    lines = f"; says {' '.join(outcome.logs)}" if said and outcome.logs else ""
+    return " → ".join([*weights, f"{SYMBOL[result.state]} {what}{where}{lines}"])
 
 
 def _caption(fixed: list[str], autocast: bool) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -36,10 +37,27 @@ def default_dtype(name: str | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_one_at_a_time = threading.RLock()  # what follows belongs to the process
+
+
+@contextlib.contextmanager
+def environment_as_before() -> Iterator[None]:
+    """Afterwards the environment is as it was; no other thread is inside meanwhile."""
+    with _one_at_a_time:
+        before = dict(os.environ)
+        try:
+            yield
+        finally:
+            for name in set(os.environ) - set(before):
+                del os.environ[name]
+            os.environ.update(before)
+
+
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
     """Afterwards the environment, torch's random state and number of threads, and the attention
-    functions that Transformers has registered and loaded are as they were."""
+    functions that Transformers has registered and loaded are as they were; no other thread is
+    inside meanwhile."""
     import torch
     from transformers import masking_utils, modeling_flash_attention_utils, modeling_utils
 
@@ -48,32 +66,30 @@ def as_before() -> Iterator[None]:
         masking_utils.ALL_MASK_ATTENTION_FUNCTIONS,
     )
     mappings = [m for r in registries for m in (r._global_mapping, r._local_mapping)]
-    registered = [dict(mapping) for mapping in mappings]
     flash = vars(modeling_flash_attention_utils)
-    loaded = {name: flash[name] for name in FLASH_GLOBALS if name in flash}
-    environment = dict(os.environ)
-    threads = torch.get_num_threads()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
-            yield
-    finally:
-        for mapping, saved in zip(mappings, registered, strict=True):
-            mapping.clear()
-            mapping.update(saved)
-        flash.update(loaded)
-        torch.set_num_threads(threads)
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        os.environ.update(environment)
+    with environment_as_before():
+        registered = [dict(mapping) for mapping in mappings]
+        loaded = {name: flash[name] for name in FLASH_GLOBALS if name in flash}
+        threads = torch.get_num_threads()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
+                yield
+        finally:
+            for mapping, saved in zip(mappings, registered, strict=True):
+                mapping.clear()
+                mapping.update(saved)
+            flash.update(loaded)
+            torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
-def autocast_as_on_a_gpu() -> Iterator[None]:
-    """Under Transformers 4, CUDA's autocast state is the CPU's inside the block, on the CPU."""
+def autocast_as_on_a_gpu(device: str) -> Iterator[None]:
+    """Under Transformers 4, CUDA's autocast state is the CPU's inside the block, for tensors on the
+    CPU."""
     import torch
 
-    if not backend.is_old() or not torch.is_autocast_enabled("cpu"):
+    if device != "cpu" or not backend.is_old() or not torch.is_autocast_enabled("cpu"):
         yield
         return
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -96,12 +112,16 @@ class _Collector(logging.Handler):
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[tuple[list[str], list[warnings.WarningMessage]]]:
-    """Collect the libraries' log lines and warnings instead of printing them; no progress bars."""
+def listening(afresh: bool = True) -> Iterator[tuple[list[str], list[warnings.WarningMessage]]]:
+    """Collect the libraries' log lines and warnings instead of printing them; no progress bars.
+
+    Transformers says some lines once in a process; with ``afresh`` they are heard here once more,
+    and said once more to the person afterwards.
+    """
     from transformers.utils import logging as transformers_logging
 
-    # Messages of warning_once would stay away in the second run of a process.
-    transformers_logging.warning_once.cache_clear()
+    if afresh:
+        transformers_logging.warning_once.cache_clear()
     collector = _Collector()
     loggers = [logging.getLogger(name) for name in ("transformers", "kernels", "peft")]
     saved = [(x, x.level, x.handlers[:], x.propagate) for x in loggers]
@@ -114,8 +134,8 @@ def listening() -> Iterator[tuple[list[str], list[warnings.WarningMessage]]]:
             warnings.simplefilter("ignore", DeprecationWarning)
             yield collector.lines, warned
     finally:
-        # What was heard here has not been shown to anybody.
-        transformers_logging.warning_once.cache_clear()
+        if afresh:
+            transformers_logging.warning_once.cache_clear()
         for logger, level, handlers, propagate in saved:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)

@@ -86,9 +86,10 @@ def train(
     model it was given in autocast, and the wrapper stays after the training. A PeftModel's
     ``generate`` goes past it, to the model inside.
 
-    Random numbers, environment, the state of accelerate and the modules' training flags are
-    afterwards as they were, also where the training raises or is interrupted. Under Transformers 4
-    on a CPU the rescue cast takes no part in autocast outside of ``helpers.gate.watch``.
+    Random numbers, environment, the state of accelerate, the modules' training flags and the
+    model's config (the Trainer of Transformers 5 sets ``use_cache`` to False) are afterwards as
+    they were, also where the training raises or is interrupted. Under Transformers 4 on a CPU the
+    rescue cast takes no part in autocast outside of ``helpers.gate.watch``.
 
     Args:
         progress: True for a ``progress_bar``, or a TrainerCallback.
@@ -165,6 +166,9 @@ def progress_bar() -> "TrainerCallback":
                 self.loss = f", loss {float(logs['loss']):.2g}"
                 self._show(state)
 
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            words.value = f"done: {words.value}"
+
         def _show(self, state: Any) -> None:
             bar.value = state.global_step
             words.value = f"step {state.global_step} of {state.max_steps}{self.loss}"
@@ -177,10 +181,12 @@ def save(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None) -> P
     """``save_pretrained`` of a model or an adapter, and of its tokenizer, as a whole or not at all.
 
     The files are written into a hidden folder beside the final one, which takes the final name when
-    they are complete. Until then an older checkpoint of that name stays.
+    they are complete. Until then an older checkpoint of that name stays, and where it was moved
+    away and cannot be put back, it is kept in the hidden folder as ``old``.
 
     Raises:
-        CheckpointError: the folder cannot be written, or holds something else than a checkpoint.
+        CheckpointError: the folder cannot be written, holds something else than a checkpoint, or
+            (on Windows) is in use by a model that is loaded from it.
     """
     folder = Path(folder).expanduser().resolve()
     try:
@@ -193,13 +199,13 @@ def save(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None) -> P
                 tokenizer.save_pretrained(workshop / "new")
             _replace(folder, workshop / "new", workshop / "old")
         finally:
-            shutil.rmtree(workshop, ignore_errors=True)
+            if folder.exists() or not (workshop / "old").exists():
+                shutil.rmtree(workshop, ignore_errors=True)
     except Exception as error:
         if isinstance(error, CheckpointError) or not _is_of_the_disk(error):
             raise
         raise CheckpointError(
-            f"The checkpoint cannot be written to {str(folder)!r} ({error}): free some space, or"
-            " give a folder that can be written."
+            f"The checkpoint cannot be written to {str(folder)!r} ({error}): {_way_out(error)}."
         ) from error
     return folder
 
@@ -233,14 +239,14 @@ def _process_as_before(model: Any) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     # All objects of these classes share one dictionary, also those of somebody's own Accelerator.
     kinds = (state.AcceleratorState, state.GradientState, state.PartialState)
-    shared = [kind._shared_state for kind in kinds]
-    saved = [dict(values) for values in shared]
+    changed = [*(kind._shared_state for kind in kinds), vars(model.config)]
+    saved = [dict(values) for values in changed]
     gpus = range(torch.cuda.device_count())
     try:
         with as_before(), torch.random.fork_rng(devices=gpus), _quick_collection():
             yield
     finally:
-        for values, before in zip(shared, saved, strict=True):
+        for values, before in zip(changed, saved, strict=True):
             values.clear()
             values.update(before)
         random.setstate(python)
@@ -281,14 +287,26 @@ def _require_replaceable(folder: Path) -> None:
 
 
 def _replace(folder: Path, new: Path, old: Path) -> None:
-    if folder.exists():
-        folder.rename(old)
     try:
+        if folder.exists():
+            folder.rename(old)
         new.rename(folder)
-    except BaseException:
-        if old.exists():
+    except BaseException:  # Ctrl-C may come right after a rename as well
+        if old.exists() and not folder.exists():
             old.rename(folder)
         raise
+
+
+def _way_out(error: Exception) -> str:
+    if not isinstance(error, PermissionError):
+        return "free some space, or give a folder that can be written"
+    if error.filename2 is None:
+        return "give a folder that can be written"
+    # Only a rename has two names. Windows refuses it while a file in the folder is memory-mapped.
+    return (
+        "it may be in use by a model that is loaded from it, so delete that model and save again,"
+        " or give another folder"
+    )
 
 
 def _is_of_the_disk(error: Exception) -> bool:

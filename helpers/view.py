@@ -250,12 +250,24 @@ def traceback_text(outcome: Outcome, last: int = 6) -> str:
 def measured_with(outcome: Outcome) -> str:
     """The line that tags an outcome with its versions and backend."""
     kind = "the CPU reference kernel" if outcome.backend == "reference" else outcome.backend
+    notes = ""
+    if outcome.autocast_as_on_a_gpu:
+        notes += (
+            " On a CPU this version does not see that autocast is on; here it was made to count as"
+            " it does on a GPU."
+        )
+    old = outcome.versions.get("transformers", "").startswith("4.")
+    if old and outcome.backend == "reference" and outcome.plan.attention == "flash_attention_2":
+        notes += (
+            " With the flash_attn package it also warns of the dtype at load, and the config does"
+            " not name a kernel of the hub."
+        )
     if outcome.recorded:
         return (
-            f"Recorded with {outcome.versions}, nothing ran now; flash_attention_2 was {kind}, and"
-            " autocast counts as it does on a GPU."
+            f"Recorded with {outcome.versions}, nothing ran now; flash_attention_2 was"
+            f" {kind}.{notes}"
         )
-    return f"Measured here with {outcome.versions}; flash_attention_2 is {kind}."
+    return f"Measured here with {outcome.versions}; flash_attention_2 is {kind}.{notes}"
 
 
 def history_html(outcomes: Sequence[Outcome]) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -452,3 +453,28 @@ def test_scratch_goes_when_the_process_ends(own_cache, fresh_python):
     folder = Path(fresh_python(SCRATCH))
     assert folder.is_relative_to(own_cache)
     assert not folder.exists()
+
+
+def test_making_a_checkpoint_leaves_what_transformers_has_said_once(monkeypatch, tmp_path, caplog):
+    from transformers.utils import logging as transformers_logging
+
+    monkeypatch.setenv(checkpoints.CACHE, str(tmp_path))
+    logger = transformers_logging.get_logger("transformers.models.some")
+    logger.warning_once("said once")
+    checkpoints.get("fp16")
+    logger.warning_once("said once")
+    assert [record.message for record in caplog.records].count("said once") == 1
+
+
+def test_what_a_killed_process_left_goes_a_day_later(monkeypatch, tmp_path):
+    monkeypatch.setenv(checkpoints.CACHE, str(tmp_path))
+    left = [tmp_path / "scratch-old", tmp_path / "0123456789ab" / ".bf16-xyz"]
+    kept = [tmp_path / "scratch-new", tmp_path / "0123456789ab" / "bf16", tmp_path / "notes"]
+    for folder in (*left, *kept):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+    long_ago = time.time() - 25 * 60 * 60
+    for folder in (*left, kept[1], kept[2]):
+        os.utime(folder, (long_ago, long_ago))
+    checkpoints.scratch()
+    assert [folder.exists() for folder in (*left, *kept)] == [False] * 2 + [True] * 3

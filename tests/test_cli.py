@@ -1,7 +1,12 @@
 """The command dtype-doctor: what it prints, and its exit status."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -9,14 +14,10 @@ from helpers import cli, experiment, machine
 from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
 
+ROOT = Path(__file__).resolve().parent.parent
 REFUSED = "FlashAttention only support fp16 and bf16 data type"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch):
-    monkeypatch.setenv("LOCAL_KERNELS", "")  # which activate() sets, and a command leaves so
 
 
 def run(*arguments):
@@ -70,6 +71,32 @@ def test_json_is_the_outcome(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["error_type"], found["error"]) == ("RuntimeError", REFUSED)
     assert found["versions"] == experiment.versions()
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+def test_a_run_leaves_the_environment_as_it_was(attention):
+    before = dict(os.environ)
+    assert run("--dtype", "auto", "--attention", attention) == 0
+    assert dict(os.environ) == before
+
+
+def test_a_console_without_the_signs_shows_question_marks():
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.cli", "run", "--dtype", "auto"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        encoding="cp1252",
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "? Works" in done.stdout
+
+
+def test_a_stdout_that_is_no_text_file_will_do(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
+    assert run("--dtype", "auto") == 0
+    assert "✔ Works" in sys.stdout.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -515,6 +515,17 @@ def refused(p):
     return str(caught.value)
 
 
+def test_an_architecture_that_the_kernel_route_does_not_reach_is_one_sentence(tmp_path):
+    config = transformers.FalconConfig(
+        **{"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    )
+    transformers.FalconForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    for file in checkpoints.get("bf16").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    assert "its attention up by the name 'flash_attention_2'" in refused(plan(tmp_path))
+    assert run(plan(tmp_path, attention="sdpa")).ok
+
+
 # JSON.
 
 

@@ -23,7 +23,7 @@ import peft  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from helpers import checkpoints, machine, recorded, stories  # noqa: E402
+from helpers import checkpoints, machine, recorded, state, stories, view  # noqa: E402
 from helpers.experiment import parameter_dtypes, run, versions  # noqa: E402
 from helpers.matrix import LOADS, Cell, to_row  # noqa: E402
 from helpers.plan import LoadPlan, snippet  # noqa: E402
@@ -115,6 +115,7 @@ def test_run_and_record_say_what_a_plain_script_does(cell):
     assert (found.text or found.error) == end
     assert found.versions["transformers"] == transformers.__version__
     stored = recorded.find(cell.plan(), GENERATION)
+    assert set(stored.logs) == {*found.logs, *found.warnings}
     assert to_row(cell, stored, [])[:-1] == to_row(cell, found, [])[:-1]
 
 
@@ -206,14 +207,60 @@ def _switched_on():
     return {"LOCAL_KERNELS": f"kernels-community/flash-attn2={backend.KERNEL_FOLDER}"}
 
 
+def fresh(code, **variables):
+    """A new process in which nothing is switched on."""
+    names = ("KERNELS_CACHE", "HF_HUB_OFFLINE", "LOCAL_KERNELS")
+    unset = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**unset, **variables},
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.mark.parametrize("variables", [{}, {"HF_KERNELS_CACHE": "nowhere"}], ids=str)
+def test_run_switches_flash_attention_on_by_itself(variables):
+    code = (
+        "import os; before = dict(os.environ)\n"
+        "from helpers import LoadPlan, run\n"
+        "for plan in (LoadPlan('bf16', 'auto'), LoadPlan('bf16', 'float32')):\n"
+        "    print(run(plan))\n"
+        "print(dict(os.environ) == before)\n"
+        "from helpers.stories import carry_out\n"
+        "print(carry_out('original report, bf16')[-1].result)"
+    )
+    done = fresh(code, **variables)
+    assert done.returncode == 0, done.stderr
+    works, fails, as_before, told = done.stdout.splitlines()
+    assert works.startswith("works: ")
+    assert fails == f"fails in forward: RuntimeError: {REFUSED}"
+    assert (as_before, told) == ("True", "says what it learned")
+
+
+def test_autocast_that_stands_for_a_gpus_is_said_in_outcome_card_and_snippet():
+    plan = LoadPlan("fp32", "float32", autocast="bfloat16")
+    for found in (run(plan), recorded.find(plan, GENERATION)):
+        assert found.autocast_as_on_a_gpu is OLD
+        assert ("as it does on a GPU" in view.measured_with(found)) is OLD
+        assert ("sees this region on a GPU only" in found.snippet) is OLD
+        assert ("warns of the dtype at load" in view.measured_with(found)) is OLD
+    assert not run(LoadPlan("fp32")).autocast_as_on_a_gpu
+
+
+def test_a_region_on_the_cpu_is_no_region_for_a_gpus_tensors():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for device in ("cpu", "cuda"):
+            with state.autocast_as_on_a_gpu(device):
+                assert torch.is_autocast_enabled("cuda") is (OLD and device == "cpu")
+            assert not torch.is_autocast_enabled("cuda")
+
+
 @pytest.mark.skipif(not OLD, reason="since Transformers 5 the order does not matter")
 def test_too_late_to_switch_on_is_one_sentence():
     code = "import transformers\nfrom helpers import backend\nbackend.activate()"
-    unset = {k: v for k, v in os.environ.items() if k not in ("KERNELS_CACHE", "HF_HUB_OFFLINE")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=unset, capture_output=True, encoding="utf-8"
-    )
-    last = done.stderr.splitlines()[-1]
+    last = fresh(code).stderr.splitlines()[-1]
     assert "call activate() before transformers is imported" in last
 
 

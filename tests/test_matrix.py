@@ -1,9 +1,12 @@
 """The recorded table: complete, reproduced under both generations, and read back as it was."""
 
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -186,6 +189,11 @@ def test_the_generations_differ_only_where_they_load_another_dtype():
     assert "omitted" in differing
 
 
+def test_the_readme_counts_the_cells():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert re.findall(r"\[(\d+) recorded combinations\]", text) == [str(len(list(cells())))]
+
+
 def test_float32_at_the_gate_is_the_error_and_nothing_else_is():
     for record in RECORDS:
         for row in record.rows:
@@ -238,3 +246,120 @@ def test_any_gate_and_counts_come_back_from_their_text(records, counts):
     again = to_outcome(to_row(cell, found, []), found.versions, [])
     assert sorted(again.gate, key=str) == sorted(records, key=str)
     assert again.loaded_dtypes == counts
+
+
+# The tool that records.
+
+
+def test_other_releases_than_the_recorded_ones_are_said():
+    record = RECORDS[1]
+    have = record.versions
+    for name, other in (("torch", "2.13.1"), ("peft", "0.21.3"), ("transformers", "5.22.3")):
+        now = record._replace(versions=experiment.Versions({**have, name: other}))
+        assert list(tool.differences(record, now)) == [
+            f"versions: {name}: {have[name]!r} -> {other!r}"
+        ]
+    now = record._replace(versions=experiment.Versions({**have, "kernels": "0.18.2"}))
+    assert list(tool.differences(record, now)) == ["versions: kernels: '0.17' -> '0.18'"]
+    alike = {"python": "3.13.9", "kernels": "0.17.99", "flash-attn": "2.8.3"}
+    now = record._replace(versions=experiment.Versions({**have, **alike}))
+    assert list(tool.differences(record, now)) == []
+
+
+def test_python_310_may_have_the_transformers_that_pyproject_gives_it_and_no_other():
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
+    pins = dict(re.findall(r'"transformers\[kernels\]==(\S+); python_version (>=|<) ', pyproject))
+    newer, older = sorted(pins, key=pins.get, reverse=True)
+    assert pins == {newer: ">=", older: "<"}
+    record = RECORDS[1]
+    for python, release, said in (
+        ("3.10.14", older, 0),
+        ("3.10.14", newer, 0),
+        ("3.11.7", older, 1),
+        ("3.10.14", "5.20.1", 1),
+    ):
+        have = {**record.versions, "python": python, "transformers": release}
+        now = record._replace(versions=experiment.Versions(have))
+        lines = list(tool.differences(record, now))
+        assert [line.startswith("versions: transformers: ") for line in lines] == [True] * said
+
+
+@pytest.mark.parametrize(("cores", "jobs"), [(2, 2), (128, 8), (None, 1)])
+def test_a_large_machine_is_not_filled_with_torch(monkeypatch, cores, jobs):
+    record = recorded.read(recorded.generation_of(experiment.versions()["transformers"]))
+    asked = []
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--check"])
+    monkeypatch.setattr(tool, "measure", lambda jobs: asked.append(jobs) or record)
+    tool.main()
+    assert asked == [jobs]
+
+
+def test_the_stories_come_before_the_cells(monkeypatch):
+    started = []
+
+    class OneThread(ThreadPoolExecutor):
+        def __init__(self, *_, **__):
+            super().__init__(1)
+
+    def run_all(part):
+        started.append("cells")
+        return [experiment.Outcome(cell.plan()) for cell in part]
+
+    monkeypatch.setattr(tool, "ProcessPoolExecutor", OneThread)
+    monkeypatch.setattr(tool, "carry_out", lambda story: started.append(story) or [])
+    monkeypatch.setattr(tool, "run_all", run_all)
+    found = tool.measure(1)
+    assert started[: len(tool.STORIES)] == list(tool.STORIES) == list(found.stories)
+    assert set(started[len(tool.STORIES) :]) == {"cells"}
+    assert [row.cell for row in found.rows] == list(cells())
+
+
+LIBRARIES = ("transformers", "kernels", "peft")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_cell_hears_what_was_said_at_a_load_that_it_shares(monkeypatch, fails):
+    loads = []
+
+    def noisy(*arguments):
+        loads.append(arguments)
+        for name in LIBRARIES:
+            logging.getLogger(f"{name}.x").warning("a line of %s.x", name)
+        warnings.warn("from Python", UserWarning, stacklevel=1)
+        if fails:
+            raise ValueError("no model")
+        return experiment.load(*arguments)
+
+    monkeypatch.setattr(tool, "load", noisy)
+    once = tool.Once()
+    plan = LoadPlan("bf16", "auto", attention="eager")
+    plans = [plan, replace(plan, autocast="bfloat16"), replace(plan, after_load=("float",))]
+    found = [experiment.run(plan, once) for plan in plans]
+    assert len(loads) == (3 if fails else 1)
+    assert [outcome.error for outcome in found] == ["no model" if fails else None] * 3
+    for outcome in found:
+        assert outcome.warnings == ("from Python",)
+        assert outcome.logs == tuple(f"a line of {name}.x" for name in LIBRARIES)
+
+
+def test_a_record_is_stored_as_it_is_in_the_repository(monkeypatch, tmp_path):
+    stored = {path.name: path.read_bytes() for path in recorded.FOLDER.iterdir()}
+    records = [recorded.read(generation) for generation in recorded.GENERATIONS]
+    monkeypatch.setattr(recorded, "FOLDER", tmp_path)
+    for generation, record in zip(recorded.GENERATIONS, records, strict=True):
+        recorded.write(generation, record)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == stored
+
+
+def test_an_interrupted_write_leaves_the_old_record(monkeypatch, tmp_path):
+    def interrupted():
+        yield RECORDS[1].rows[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recorded, "FOLDER", tmp_path)
+    recorded.write("5", RECORDS[1])
+    with pytest.raises(KeyboardInterrupt):
+        recorded.write("5", recorded.Record({}, [], interrupted(), {}))
+    assert recorded.read("5") == RECORDS[1]
+    assert len(list(tmp_path.iterdir())) == 2

@@ -161,12 +161,26 @@ def test_the_installed_generation_runs(monkeypatch):
     assert [outcome.recorded for outcome in panel.outcomes] == [False]
 
 
-@pytest.mark.parametrize(
-    "plan", [LoadPlan("some/folder"), LoadPlan(question="Why?"), LoadPlan(after_load="bfloat16")]
-)
-def test_what_is_not_recorded_gets_a_sentence(plan):
-    panel = panels.explore(plan)
+def test_a_checkpoint_that_is_not_recorded_gets_a_sentence():
+    panel = panels.explore(LoadPlan("some/folder"))
     panel.transformers.value = panel.transformers.options[1]
     press(panel)
-    assert "has recorded outcomes for the guide&#x27;s own checkpoints" in panel.result.value
+    assert "record has the guide&#x27;s own checkpoints only" in panel.result.value
     assert panel.outcomes == []
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        LoadPlan(question="Why?"),
+        LoadPlan(after_load="bfloat16"),
+        LoadPlan(adapter="an/adapter"),
+        LoadPlan(keyword="torch_dtype"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_no_knob_can_lead_to_a_record_has_no_choice_of_versions(plan):
+    panel = panels.explore(plan)
+    assert panel.others == {}
+    assert panel.transformers not in panel.children[1].children
+    assert "5 settings" in repr(panel)

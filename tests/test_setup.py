@@ -425,6 +425,51 @@ def test_a_package_that_was_damaged_later_is_installed_again(clone: Clone, kind:
 
 
 @needs_make
+@of_both_kinds
+@pytest.mark.parametrize("gone", ["part.py", "part-*.dist-info", "tiny.py"])
+def test_a_package_that_is_gone_is_installed_again(clone: Clone, kind: Kind, gone: str) -> None:
+    (path,) = clone.dist_info(kind).parent.glob(gone)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    assert not clone.is_ready(kind)
+    code, output = clone.make(kind.target)
+    assert code == 0, output
+    assert path.exists()
+    assert clone.is_ready(kind)
+
+
+@needs_make
+@of_both_kinds
+def test_a_version_that_was_changed_by_hand_stays(clone: Clone, kind: Kind) -> None:
+    installed = clone.dist_info(kind)
+    other = installed.rename(installed.with_name("part-4.5.dist-info"))
+    shutil.rmtree(installed.parent / "__pycache__", ignore_errors=True)
+    ready = clone.is_ready(kind)
+    other.rename(installed)
+    assert ready
+
+
+@needs_make
+@of_both_kinds
+def test_an_empty_environment_is_not_ready_whatever_its_stamp_says(
+    clone: Clone, kind: Kind
+) -> None:
+    folder = clone.folder / kind.folder
+    stamp = (folder / "installed").read_text(encoding="utf-8")
+    venv = [sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)]
+    subprocess.run(venv, check=True)
+    for text in (stamp, stamp.splitlines()[0]):
+        (folder / "installed").write_text(text, encoding="utf-8")
+        assert not clone.is_ready(kind)
+    code, output = clone.make(kind.target)
+    assert code == 0, output
+    assert f"Making {kind.folder} anew" in output
+    assert clone.is_ready(kind)
+
+
+@needs_make
 @pytest.mark.parametrize("broken", [False, True], ids=["deleted", "broken"])
 def test_matrix_runs_in_both_environments_and_mends_the_second(clone: Clone, broken: bool) -> None:
     (clone.folder / "tools" / "matrix.py").write_text(

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -41,6 +43,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+FIVE = Version(transformers.__version__).major >= 5
 TALKER = tomllib.loads((ROOT / "tools" / "talker.toml").read_text("utf-8"))
 QUESTION, ANSWER = training.LESSON
 # flash-attn's text, csrc/flash_attn/flash_api.cpp
@@ -315,6 +318,7 @@ def process_state(model):
         "warnings": warnings.filters[:],
         "accelerate": (dict(AcceleratorState._shared_state), dict(PartialState._shared_state)),
         "modes": [module.training for module in model.modules()],
+        "settings": (model.config.to_dict(), model.generation_config.to_dict()),
         "threads": torch.get_num_threads(),
         "default dtype": torch.get_default_dtype(),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
@@ -446,7 +450,7 @@ def test_the_bar_fills_and_says_it_in_words(tokenizer, shown, capfd):
     ((box, text),) = shown
     bar, words = box.children
     assert (bar.min, bar.value, bar.max, bar.description) == (0, 4, 4, "Training")
-    assert words.value == f"step 4 of 4, loss {result.losses[-1]:.2g}"
+    assert words.value == f"done: step 4 of 4, loss {result.losses[-1]:.2g}"
     assert text == "Training: a bar that fills in 4 steps while this cell runs."
     assert capfd.readouterr().out == ""
 
@@ -500,6 +504,21 @@ def test_a_saved_model_is_the_model(tokenizer, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["merged"]
     assert torch.equal(logits(reloaded(folder)), logits(merged))
     assert ask(reloaded(folder), AutoTokenizer.from_pretrained(folder)) == ANSWER
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_cache_is_off_in_the_training_only(tokenizer, tmp_path, use_cache):
+    class Cache(TrainerCallback):
+        def on_step_end(self, *_, model, **__):
+            seen.append(model.config.use_cache)
+
+    seen = []
+    model = load("bf16", "sdpa")
+    model.config.use_cache = use_cache
+    training.train(model, tokenizer, steps=1, progress=Cache())
+    assert seen == [use_cache and not FIVE]  # Transformers 4 leaves it alone
+    assert model.config.use_cache is use_cache
+    assert reloaded(training.save(model, tmp_path / "model")).config.use_cache is use_cache
 
 
 def test_a_saved_adapter_is_the_adapter(tokenizer, tmp_path, monkeypatch):
@@ -591,6 +610,76 @@ def test_a_save_that_breaks_leaves_nothing_under_the_final_name(tmp_path, error,
             str(caught.value),
         )
         assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(("name", "stays"), [("model", "older"), ("new", "newer")])
+def test_ctrl_c_right_after_a_rename_loses_nothing_and_is_not_swallowed(
+    tmp_path, monkeypatch, name, stays
+):
+    folder = tmp_path / "model"
+    models = {"older": load("fp16", "sdpa"), "newer": load("bf16", "sdpa")}
+    training.save(models["older"], folder)
+    real = Path.rename
+
+    def rename(self, target):
+        real(self, target)
+        if self.name == name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        training.save(models["newer"], folder)
+    assert torch.equal(logits(reloaded(folder)), logits(models[stays]))
+    assert {path.split("/")[0] for path in below(tmp_path)} == {"model"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), PermissionError(13, "in use")], ids=repr)
+def test_an_older_checkpoint_that_cannot_be_put_back_is_kept_beside(tmp_path, monkeypatch, error):
+    folder = tmp_path / "model"
+    old = load("fp16", "sdpa")
+    training.save(old, folder)
+    real = Path.rename
+
+    def rename(self, target):
+        if self != folder:
+            raise type(error)(*error.args, str(self), None, str(target))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt if interrupted else CheckpointError) as caught:
+        training.save(load("bf16", "sdpa"), folder)
+    (kept,) = tmp_path.glob(".model-*/old")
+    assert torch.equal(logits(reloaded(kept)), logits(old))
+    assert kept.parent.name in str(caught.value)
+
+
+def test_a_checkpoint_in_use_is_named_as_the_cause(tmp_path, monkeypatch):
+    """As Windows refuses to rename a folder while a model has a file of it mapped."""
+    folder = tmp_path / "model"
+    old = load("fp16", "sdpa")
+    training.save(old, folder)
+
+    def rename(self, target):
+        raise PermissionError(13, "Access is denied", str(self), 5, str(target))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match="it may be in use by a model that is") as caught:
+        training.save(load("bf16", "sdpa"), folder)
+    assert re.fullmatch(r"[^\n]+ loaded from it, .* give [^\n]+\.", str(caught.value))
+    assert "free some space" not in str(caught.value)
+    assert torch.equal(logits(reloaded(folder)), logits(old))
+    assert {path.split("/")[0] for path in below(tmp_path)} == {"model"}
+
+
+def test_a_place_without_the_right_to_write_is_not_in_use(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(CheckpointError, match=r"denied\): give a folder that can") as caught:
+        training.save(load("bf16", "sdpa"), tmp_path / "model")
+    assert re.fullmatch(r"[^\n]+\.", str(caught.value))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), PermissionError(13, "in use")])

@@ -7,29 +7,37 @@ The outcomes go to helpers/data/matrix, one file for each generation of Transfor
 """
 
 import argparse
+import contextlib
 import copy
 import logging
 import multiprocessing
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import groupby
+from typing import NamedTuple
 
 from helpers import backend, checkpoints, recorded, state
-from helpers.experiment import Outcome, load, run, versions
+from helpers.experiment import Outcome, Versions, load, run, versions
 from helpers.matrix import Cell, cells, to_row
 from helpers.plan import LoadPlan
 from helpers.stories import STORIES, carry_out
+
+MOST_JOBS = 8  # each holds torch, and Windows refuses more than 61
+# pyproject.toml has an older Transformers where Python is 3.10.
+ON_PYTHON_310 = ("5.22.2", "5.20.2")
 
 
 def main() -> None:
     """Measure, then store or compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the stored outcomes")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    jobs = min(os.cpu_count() or 1, MOST_JOBS)
+    parser.add_argument("--jobs", type=int, default=jobs, help="processes at a time")
     arguments = parser.parse_args()
     generation = recorded.generation_of(versions()["transformers"])
     started = time.perf_counter()
@@ -41,7 +49,7 @@ def main() -> None:
     if not arguments.check:
         recorded.write(generation, now)
     elif changes := list(differences(recorded.read(generation), now)):
-        sys.exit("\n".join([f"{len(changes)} outcomes are not the stored ones:", *changes[:20]]))
+        sys.exit("\n".join([f"{len(changes)} differences from the record:", *changes[:20]]))
 
 
 def measure(jobs: int) -> recorded.Record:
@@ -51,8 +59,10 @@ def measure(jobs: int) -> recorded.Record:
     # Started anew, not forked: a fork would inherit the threads of torch half-way.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=switch_on) as pool:
+        # The stories first, because the last cells are short: no core is idle for long at the end.
+        ends = pool.map(carry_out, STORIES)
         outcomes = [outcome for part in pool.map(run_all, parts) for outcome in part]
-        told = dict(zip(STORIES, pool.map(carry_out, STORIES), strict=True))
+        told = dict(zip(STORIES, ends, strict=True))
     rows = [to_row(cell, outcome, said) for cell, outcome in zip(cells(), outcomes, strict=True)]
     return recorded.Record(versions(), said, rows, told)
 
@@ -71,30 +81,53 @@ def run_all(part: list[Cell]) -> list[Outcome]:
 
 
 class Once:
-    """Loads once what several cells load alike, and gives each its own copy. What the libraries
-    logged at the load is logged again for each."""
+    """Loads once what several cells load alike, and gives each its own copy. What was said at the
+    load is said again for each."""
 
     def __init__(self) -> None:
-        self.loaded: dict[LoadPlan, tuple[object, object, list[logging.LogRecord]]] = {}
+        self.loaded: dict[LoadPlan, tuple[object, object, Said]] = {}
 
     def __call__(self, plan: LoadPlan, path: str, device: str) -> tuple[object, object]:
         alike = replace(plan, autocast=None, after_load=())
         if alike not in self.loaded:
-            recorder = Recorder()
-            loggers = [logging.getLogger(name) for name in ("transformers", "kernels")]
-            for logger in loggers:
-                logger.addHandler(recorder)
-            try:
+            with overhearing() as said:
                 model, tokenizer = load(plan, path, device)
-            finally:
-                for logger in loggers:
-                    logger.removeHandler(recorder)
-            self.loaded[alike] = (model, tokenizer, recorder.records)
-            return copy.deepcopy(model), tokenizer
-        model, tokenizer, records = self.loaded[alike]
-        for record in records:
-            logging.getLogger(record.name).handle(record)
+            self.loaded[alike] = (model, tokenizer, said)
+        else:
+            model, tokenizer, said = self.loaded[alike]
+            for record in said.logged:
+                logging.getLogger(record.name).handle(record)
+            warn_again(said.warned)
         return copy.deepcopy(model), tokenizer
+
+
+class Said(NamedTuple):
+    """What the libraries logged, and what Python warned of."""
+
+    logged: list[logging.LogRecord]
+    warned: list[warnings.WarningMessage]
+
+
+@contextlib.contextmanager
+def overhearing() -> Iterator[Said]:
+    """Collect what is said in the block; whoever listens outside hears it as well."""
+    recorder = Recorder()
+    loggers = [logging.getLogger(name) for name in ("transformers", "kernels", "peft")]
+    for logger in loggers:
+        logger.addHandler(recorder)
+    warned: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            yield Said(recorder.records, warned)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(recorder)
+        warn_again(warned)
+
+
+def warn_again(warned: list[warnings.WarningMessage]) -> None:
+    for w in warned:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
 
 
 class Recorder(logging.Handler):
@@ -109,8 +142,13 @@ class Recorder(logging.Handler):
 
 
 def differences(then: recorded.Record, now: recorded.Record) -> Iterator[str]:
-    """One line for each cell or event that is new, gone or different, field by field."""
-    before, after = fields(then), fields(now)
+    """One line for each cell or event that is new, gone or different, field by field, and one for
+    the releases of the libraries."""
+    before = {"versions": releases(then.versions), **fields(then)}
+    after = {"versions": releases(now.versions), **fields(now)}
+    pair = before["versions"]["transformers"], after["versions"]["transformers"]
+    if pair == ON_PYTHON_310 and now.versions["python"].startswith("3.10."):
+        after["versions"]["transformers"] = pair[0]
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name, {}), after.get(name, {})
         changed = [
@@ -120,6 +158,13 @@ def differences(then: recorded.Record, now: recorded.Record) -> Iterator[str]:
         ]
         if changed:
             yield f"{name}: {'; '.join(changed)}"
+
+
+def releases(versions: Versions) -> dict[str, str]:
+    """The releases that an outcome may depend on; of kernels, without the third number."""
+    found = {name: versions.get(name, "none") for name in ("torch", "transformers", "peft")}
+    minor = versions.get("kernels", "none").split(".")[:2]
+    return {**found, "kernels": ".".join(minor)}
 
 
 def fields(record: recorded.Record) -> dict[str, dict[str, str]]:

@@ -8,6 +8,7 @@ Any Python that pyproject.toml allows can run it. It needs the standard library 
 is kept at Python 3.6, so that it can also tell an older Python what is wrong.
 """
 
+import csv
 import hashlib
 import importlib.util
 import os
@@ -124,8 +125,10 @@ def fingerprint(environment):
 
 def is_ready(environment):
     """True if everything was installed into it and is still there; its own Python has to ask."""
-    stamp = environment.stamp
-    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != fingerprint(environment):
+    if not environment.stamp.is_file():
+        return False
+    stamped, *names = environment.stamp.read_text(encoding="utf-8").split("\n")
+    if stamped != fingerprint(environment) or not names or set(names) - contents():
         return False
     return not any(map(is_half_installed, site_packages().iterdir()))
 
@@ -162,7 +165,7 @@ def install(environment):
         return
     if environment.stamp.exists():
         environment.stamp.unlink()
-    remove_half_installed(site_packages())
+    remove_damaged(site_packages())
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
     # A personal setting of `user = true` would otherwise make pip refuse every virtual environment.
     variables = dict(os.environ, PIP_USER="0")
@@ -181,7 +184,8 @@ def install(environment):
         # too many in a notebook's output.
         warm_up = [str(ROOT / "tools" / "lab.py"), "--", "-c", "import matplotlib.font_manager"]
         subprocess.call([sys.executable, *warm_up], stderr=subprocess.DEVNULL)
-    environment.stamp.write_text(fingerprint(environment), encoding="utf-8")
+    stamp = [fingerprint(environment), *sorted(contents())]
+    environment.stamp.write_text("\n".join(stamp), encoding="utf-8")
     print(f"{environment.name} is ready.")
 
 
@@ -189,19 +193,36 @@ def site_packages():
     return Path(sysconfig.get_path("purelib"))
 
 
+def contents():
+    """What lies in site-packages, without the versions: those may be changed by hand."""
+    names = {re.sub(r"-[^-]*(?=\.dist-info$)", "", path.name) for path in site_packages().iterdir()}
+    return names - {"__pycache__"}
+
+
 def is_half_installed(path):
     """True for a package's .dist-info that pip did not finish: it writes RECORD last of all."""
     return path.name.endswith(".dist-info") and not (path / "RECORD").is_file()
 
 
-def remove_half_installed(folder):
-    """Remove what an interrupted pip left, so that the next one installs those packages again.
+def is_gutted(path):
+    """True for a package's .dist-info where a folder or a module of the package is gone."""
+    if not path.name.endswith(".dist-info"):
+        return False
+    with (path / "RECORD").open(encoding="utf-8", newline="") as record:
+        names = {row[0].split("/")[0] for row in csv.reader(record) if row}
+    # What Python compiles can be deleted at any time.
+    return any(not (path.parent / name).exists() for name in names - {"__pycache__"})
 
-    pip takes a package without RECORD for an installed one, and cannot replace it; a name that
-    begins with ~ is a package that it was about to replace.
+
+def remove_damaged(folder):
+    """Remove what an interrupted pip left, and what says of a package that it is there when it is
+    not, so that the next pip installs those packages again.
+
+    pip takes a package for an installed one by its .dist-info alone, and without RECORD cannot
+    replace it; a name that begins with ~ is a package that it was about to replace.
     """
     for path in folder.iterdir():
-        if is_half_installed(path) or path.name.startswith("~"):
+        if path.name.startswith("~") or is_half_installed(path) or is_gutted(path):
             shutil.rmtree(str(path), ignore_errors=True)
 
 
