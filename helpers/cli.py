@@ -8,6 +8,7 @@
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -37,10 +38,18 @@ def _run(plan: LoadPlan, as_json: bool) -> int:
     try:
         outcome = run(plan)
     except (PlanError, CheckpointError, RuntimeError) as error:
-        print(error, file=sys.stderr)
+        print(_as_typed(str(error)), file=sys.stderr)
         return 2
     print(outcome.to_json() if as_json else Card(outcome))
     return 0 if outcome.ok and outcome.finite else 1
+
+
+def _as_typed(message: str) -> str:
+    """A message that names fields of a LoadPlan, with the names of the options."""
+    names = "|".join(field.name for field in fields(LoadPlan))
+    return re.sub(
+        rf"\b({names})(?==| has\b)", lambda found: f"--{found[1].replace('_', '-')}", message
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,23 +60,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="is this machine ready for the guide")
-    run = commands.add_parser("run", help="carry out a LoadPlan and say what came of it")
+    steps = "\n".join(f"  {name:13}{step.what}" for name, step in STEPS.items())
+    run = commands.add_parser(
+        "run",
+        help="carry out a LoadPlan and say what came of it",
+        description="Load a checkpoint as told, let it answer, and say what came of it.",
+        epilog=f"steps of --after-load:\n{steps}\n\n"
+        "exit status: 0 it works, 1 it fails or its logits are not finite, 2 it was not run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     default = LoadPlan()
     run.add_argument(
         "--checkpoint",
         default=default.checkpoint,
         help=f"{', '.join(checkpoints.available())}, a folder, or a hub id",
     )
-    run.add_argument("--dtype", default=default.dtype, choices=DTYPES)
-    run.add_argument("--keyword", default=default.keyword, choices=KEYWORDS)
-    run.add_argument("--default-dtype", choices=DEFAULT_DTYPES[1:])
-    run.add_argument("--attention", default=default.attention, choices=ATTENTION)
-    run.add_argument("--autocast", choices=AUTOCAST[1:])
-    run.add_argument("--adapter", help="the folder of a LoRA adapter")
     run.add_argument(
-        "--after-load", nargs="*", default=(), choices=STEPS, help="steps, in their order"
+        "--dtype",
+        default=default.dtype,
+        choices=DTYPES,
+        help="dtype= of from_pretrained (omitted: left out, the default)",
     )
-    run.add_argument("--question", default=default.question)
+    run.add_argument(
+        "--keyword",
+        default=default.keyword,
+        choices=KEYWORDS,
+        help="what that argument is called (default: dtype)",
+    )
+    run.add_argument(
+        "--default-dtype",
+        choices=DEFAULT_DTYPES[1:],
+        help="torch.set_default_dtype around the load (default: not set)",
+    )
+    run.add_argument(
+        "--attention",
+        default=default.attention,
+        choices=ATTENTION,
+        help="attn_implementation= of from_pretrained (default: flash_attention_2)",
+    )
+    run.add_argument(
+        "--autocast",
+        choices=AUTOCAST[1:],
+        help="the dtype of torch.autocast around forward and generate (default: none)",
+    )
+    run.add_argument("--adapter", help="the folder of a LoRA adapter to put on the model")
+    run.add_argument(
+        "--after-load",
+        nargs="*",
+        default=(),
+        choices=STEPS,
+        help="what is done after the load, in this order",
+    )
+    run.add_argument("--question", default=default.question, help="what the model is asked")
     run.add_argument("--json", action="store_true", help="print the whole Outcome as JSON")
     return parser
 

@@ -17,10 +17,12 @@ class Context(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """A change to a loaded model: the function that makes it, and the lines that a person types."""
+    """A change to a loaded model: the function that makes it, the lines that a person types, and
+    what it is in a few words."""
 
     apply: Callable[[Any, Context], Any]
     lines: tuple[str, ...]
+    what: str = ""
 
 
 def _add_lora(model: Any, _: Context) -> Any:
@@ -70,15 +72,20 @@ def _train(model: Any, context: Context) -> Any:
 
 
 STEPS = {
-    "float": Step(lambda model, _: model.float(), ("model = model.float()",)),
-    "half": Step(lambda model, _: model.half(), ("model = model.half()",)),
-    "bfloat16": Step(lambda model, _: model.bfloat16(), ("model = model.bfloat16()",)),
+    "float": Step(
+        lambda model, _: model.float(), ("model = model.float()",), "cast the model to float32"
+    ),
+    "half": Step(lambda model, _: model.half(), ("model = model.half()",), "cast it to float16"),
+    "bfloat16": Step(
+        lambda model, _: model.bfloat16(), ("model = model.bfloat16()",), "cast it to bfloat16"
+    ),
     "lora": Step(
         _add_lora,
         (
             "from peft import LoraConfig, get_peft_model",
             'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))',
         ),
+        "add a LoRA adapter",
     ),
     "dora": Step(
         _add_dora,
@@ -86,6 +93,7 @@ STEPS = {
             "from peft import LoraConfig, get_peft_model",
             'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True))',
         ),
+        "add a DoRA adapter",
     ),
     "train": Step(
         _train,
@@ -96,8 +104,11 @@ STEPS = {
             'arguments = TrainingArguments("trained", bf16=True, max_steps=1, report_to=[])',
             "Trainer(model, arguments, train_dataset=data).train()",
         ),
+        "train one step with the Trainer and bf16=True",
     ),
-    "merge": Step(_merge, ("model = model.merge_and_unload()",)),
+    "merge": Step(
+        _merge, ("model = model.merge_and_unload()",), "merge the adapter into the weights"
+    ),
     "reload": Step(
         _reload,
         (
@@ -105,6 +116,7 @@ STEPS = {
             'model = AutoModelForCausalLM.from_pretrained("merged", {dtype}="auto",'
             ' attn_implementation="{attention}").to(model.device)',
         ),
+        'save the model and load it with dtype="auto"',
     ),
     "norms_float": Step(
         _norms_float,
@@ -113,6 +125,7 @@ STEPS = {
             '    if "norm" in name:',
             "        module.float()",
         ),
+        "cast every norm to float32",
     ),
     "prepare_kbit": Step(
         _prepare_kbit,
@@ -120,6 +133,7 @@ STEPS = {
             "from peft import prepare_model_for_kbit_training",
             "model = prepare_model_for_kbit_training(model)",
         ),
+        "prepare_model_for_kbit_training, without quantization",
     ),
 }
 ADD_ADAPTER = ("lora", "dora")

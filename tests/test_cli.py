@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from helpers import cli, experiment, machine
 from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
+from helpers.steps import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSED = "FlashAttention only support fp16 and bf16 data type"
@@ -103,7 +106,7 @@ def test_a_stdout_that_is_no_text_file_will_do(monkeypatch):
     ("arguments", "said"),
     [
         (("--checkpoint", "nowhere"), "'nowhere' is not a checkpoint"),
-        (("--after-load", "merge"), "with nothing to merge"),
+        (("--after-load", "merge"), "--after-load has 'merge' with nothing to merge"),
         (("--adapter", "nowhere"), "nowhere"),
     ],
 )
@@ -134,3 +137,14 @@ def test_env_is_the_report_on_the_machine(monkeypatch, ready):
 def test_it_is_installed_as_dtype_doctor():
     (command,) = entry_points(group="console_scripts", name="dtype-doctor")
     assert command.load() is cli.main
+
+
+def test_the_help_explains_every_option_every_step_and_the_status(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    said = capsys.readouterr().out
+    options = said[said.index("options:") : said.index("steps of --after-load:")]
+    described = re.findall(r"^  (--[a-z-]+)[^\n]*\n?\s+[a-z]", options, re.M)
+    assert {f"--{field.name.replace('_', '-')}" for field in fields(LoadPlan)} <= set(described)
+    assert [name for name in STEPS if f"\n  {name} " not in said] == []
+    assert "exit status: 0" in said
