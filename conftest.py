@@ -1,6 +1,7 @@
 """For every test and notebook: no GPU unless asked for, and guards over nbval."""
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,9 @@ def pytest_configure(config):
     # wherever it sees a GPU. `pytest -m gpu` shows it one.
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # A command in the background of a script ignores Ctrl-C, which some tests send to themselves.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

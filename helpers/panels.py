@@ -73,16 +73,18 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         except (Exception, KeyboardInterrupt) as error:
             message = view.problem(error)
             self.result.value = view.problem_html(message)
-            self.status.value = view.status_html("Not run.", message)
+            said = view.status_html("Not run.", message)
         else:
             outcome = self.outcomes[-1]
             self.result.value = view.outcome_html(outcome)
             self.history.value = view.history_html(self.outcomes)
             how = "is a recorded one" if outcome.recorded else "is done"
             seen = f"Run {len(self.outcomes)} {how}."
-            self.status.value = view.status_html(seen, view.spoken(outcome))
+            said = view.status_html(seen, view.spoken(outcome))
         finally:
             self.button.remove_class("dg-busy")
+        # Last of all: who reads that it is done may press again at once.
+        self.status.value = said
 
     def _outcome(self) -> Outcome:
         """Of a run now, or the record of the chosen version."""

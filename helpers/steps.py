@@ -101,7 +101,8 @@ STEPS = {
             "from transformers import Trainer, TrainingArguments",
             'ids = tokenizer("a sentence to learn")["input_ids"]',
             'data = [{"input_ids": ids, "labels": ids}]',
-            'arguments = TrainingArguments("trained", bf16=True, max_steps=1, report_to=[])',
+            'arguments = TrainingArguments("trained", bf16=True, max_steps=1, report_to=[],'
+            ' use_cpu=model.device.type == "cpu")',
             "Trainer(model, arguments, train_dataset=data).train()",
         ),
         "train one step with the Trainer and bf16=True",

@@ -386,6 +386,19 @@ def test_snippet_does_what_the_run_did(plan):
         assert str(caught.value) == found.error
 
 
+def test_snippet_trains_and_then_does_what_the_run_did():
+    for dtype in ("auto", "float32"):
+        found = run(plan("bf16", dtype, after_load=("lora", "train")))
+        code = found.snippet
+        if found.ok:
+            assert execute(code).endswith(found.text)
+        else:
+            assert (found.stage, found.error) == ("generate", REFUSED)
+            with pytest.raises(RuntimeError, match=REFUSED):
+                execute(code)
+    assert not found.ok
+
+
 def test_snippet_of_a_folder_runs_as_it_is(tmp_path):
     folder = tmp_path / "it's a model"
     shutil.copytree(checkpoints.get("fp16"), folder)
