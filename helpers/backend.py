@@ -133,9 +133,7 @@ def detect() -> Backend:
         return Backend("flash_attn", "cuda", f"flash-attn {version('flash_attn')} on {gpu}")
     if _is_too_old():
         return Backend("reference", "cpu", f"{gpu} is older than FlashAttention-2 accepts")
-    if is_old():
-        return Backend("reference", "cpu", f"{gpu} is here, but flash-attn is not")
-    if torch.version.hip is not None:
+    if is_old() or torch.version.hip is not None:
         # The hub's kernel for ROCm is another one (aiter), without FlashAttention-2's checks.
         return Backend("reference", "cpu", f"{gpu} is here, but flash-attn is not")
     if not _is_overridden() and _hub_has_kernel():

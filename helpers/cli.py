@@ -70,39 +70,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = LoadPlan()
-    run.add_argument(
-        "--checkpoint",
-        default=default.checkpoint,
-        help=f"{', '.join(checkpoints.available())}, a folder, or a hub id",
-    )
-    run.add_argument(
-        "--dtype",
-        default=default.dtype,
-        choices=DTYPES,
-        help="dtype= of from_pretrained (omitted: left out, the default)",
-    )
-    run.add_argument(
-        "--keyword",
-        default=default.keyword,
-        choices=KEYWORDS,
-        help="what that argument is called (default: dtype)",
-    )
-    run.add_argument(
-        "--default-dtype",
-        choices=DEFAULT_DTYPES[1:],
-        help="torch.set_default_dtype around the load (default: not set)",
-    )
-    run.add_argument(
-        "--attention",
-        default=default.attention,
-        choices=ATTENTION,
-        help="attn_implementation= of from_pretrained (default: flash_attention_2)",
-    )
-    run.add_argument(
-        "--autocast",
-        choices=AUTOCAST[1:],
-        help="the dtype of torch.autocast around forward and generate (default: none)",
-    )
+    known = f"{', '.join(checkpoints.available())}, a folder, or a hub id"
+    run.add_argument("--checkpoint", default=default.checkpoint, help=known)
+    for name, choices, what in (
+        ("dtype", DTYPES, "dtype= of from_pretrained (omitted: left out, the default)"),
+        ("keyword", KEYWORDS, "what that argument is called (default: dtype)"),
+        ("default_dtype", DEFAULT_DTYPES, "torch.set_default_dtype around the load"),
+        ("attention", ATTENTION, "attn_implementation= (default: flash_attention_2)"),
+        ("autocast", AUTOCAST, "the dtype of torch.autocast around forward and generate"),
+    ):
+        run.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=getattr(default, name),
+            choices=[choice for choice in choices if choice is not None],
+            help=what,
+        )
     run.add_argument("--adapter", help="the folder of a LoRA adapter to put on the model")
     run.add_argument(
         "--after-load",

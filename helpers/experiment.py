@@ -173,9 +173,8 @@ def run(plan: LoadPlan, load: Loader = load) -> Outcome:
 def needs_a_gpu(plan: LoadPlan, versions: Versions) -> bool:
     """Whether the rescue cast of this plan asks for autocast on a GPU: Transformers 4 asks torch
     without naming the device (flash_attention_forward in its integrations/flash_attention.py)."""
-    uses_autocast = plan.autocast is not None or "train" in plan.after_load
     flash = plan.attention == "flash_attention_2"
-    return flash and uses_autocast and versions["transformers"].startswith("4.")
+    return flash and plan.uses_autocast and versions["transformers"].startswith("4.")
 
 
 def resolve(checkpoint: str) -> str:
@@ -242,9 +241,7 @@ def _measure(
                 gap = float((logits - reference).abs().max())
                 outcome = replace(outcome, max_logit_gap=gap)
             with watch(model) as seen["generate"]:
-                output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        answer = output[0, inputs["input_ids"].shape[1] :]
-        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+                text = answer(model, tokenizer, inputs)
         outcome = replace(outcome, stage="done", text=text)
     except PlanError:
         raise
@@ -303,6 +300,13 @@ def _dtype_argument(name: str) -> Any:
     import torch
 
     return "auto" if name == "auto" else getattr(torch, name)
+
+
+def answer(model: Any, tokenizer: Any, inputs: Any) -> str:
+    """What a model generates after the tokenized prompt, greedily."""
+    output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 def parameter_dtypes(model: Any) -> dict[str, int]:

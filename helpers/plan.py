@@ -62,6 +62,11 @@ class LoadPlan:
         steps: Any = self.after_load
         object.__setattr__(self, "after_load", (steps,) if isinstance(steps, str) else tuple(steps))
 
+    @property
+    def uses_autocast(self) -> bool:
+        """Whether forward passes of the plan run under autocast, those of a training included."""
+        return self.autocast is not None or "train" in self.after_load
+
     def check(self) -> None:
         """Raise PlanError where a field has a value that ``run`` does not know."""
         for name, known in (

@@ -42,15 +42,21 @@ class Record(NamedTuple):
 def read(generation: str, wanted: Container[Cell] | None = None) -> Record:
     """The stored record of a generation of Transformers, ``"4"`` or ``"5"``; of ``wanted`` cells
     only, because all of them take megabytes."""
-    about = json.loads((FOLDER / f"transformers-{generation}.json").read_text("utf-8"))
-    stories = {
-        story: [Event(**event) for event in events] for story, events in about["stories"].items()
-    }
+    about = _about(generation)
     with (FOLDER / f"transformers-{generation}.csv").open(encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
         next(lines)
         rows = [Row(*line) for line in lines if wanted is None or Cell(*line[:4]) in wanted]
-    return Record(Versions(about["versions"]), about["said"], rows, stories)
+    return about._replace(rows=rows)
+
+
+def _about(generation: str) -> Record:
+    """A record without its rows, whose file is the large one."""
+    about = json.loads((FOLDER / f"transformers-{generation}.json").read_text("utf-8"))
+    stories = {
+        story: [Event(**event) for event in events] for story, events in about["stories"].items()
+    }
+    return Record(Versions(about["versions"]), about["said"], [], stories)
 
 
 def write(generation: str, record: Record) -> None:
@@ -75,7 +81,7 @@ def write(generation: str, record: Record) -> None:
 @functools.cache
 def version(generation: str) -> str:
     """The release of Transformers that stands for a generation in the record."""
-    return read(generation, ()).versions["transformers"]
+    return _about(generation).versions["transformers"]
 
 
 def generation_of(release: str) -> str:
@@ -129,8 +135,7 @@ def compare(
         )
         for cell in wanted
     ]
-    plans = [cell.plan() for cell in wanted]
-    uses_autocast = any(plan.autocast or "train" in plan.after_load for plan in plans)
+    uses_autocast = any(cell.plan().uses_autocast for cell in wanted)
     return Table(_caption(fixed, uses_autocast), [*map(str.capitalize, varying), *heads], rows)
 
 
@@ -140,7 +145,7 @@ def story(name: str = "original report, bf16") -> Table:
     Raises:
         PlanError: there is no such story.
     """
-    told = [read(generation, ()).stories for generation in GENERATIONS]
+    told = [_about(generation).stories for generation in GENERATIONS]
     _names("story", name, told[0])
     steps = zip(*(stories[name] for stories in told), strict=True)
     return Table(
@@ -187,7 +192,7 @@ def in_short(outcome: Outcome, said: bool = False) -> str:
 
 
 def _caption(fixed: list[str], autocast: bool) -> str:
-    shared = read(GENERATIONS[-1], ()).versions
+    shared = _about(GENERATIONS[-1]).versions
     packages = ", ".join(f"{name} {shared[name]}" for name in ("torch", "peft"))
     note = "; autocast counts as it does on a GPU" if autocast else ""
     return f"{', '.join(fixed)}; recorded in helpers/data/matrix with {packages}{note}"

@@ -5,10 +5,12 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from typing import Any
 
 from helpers import backend
 
+LOGGERS = ("transformers", "kernels", "peft")  # of the libraries that speak during a run
 # What Transformers remembers of a FlashAttention that it loaded: it expects to find it registered.
 # Transformers 4 has some of them.
 FLASH_GLOBALS = (
@@ -54,6 +56,18 @@ def environment_as_before() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def dictionaries_as_before(*changed: MutableMapping[Any, Any]) -> Iterator[None]:
+    """Afterwards these hold what they held."""
+    saved = [dict(values) for values in changed]
+    try:
+        yield
+    finally:
+        for values, before in zip(changed, saved, strict=True):
+            values.clear()
+            values.update(before)
+
+
+@contextlib.contextmanager
 def as_before() -> Iterator[None]:
     """Afterwards the environment, torch's random state and number of threads, and the attention
     functions that Transformers has registered and loaded are as they were; no other thread is
@@ -67,8 +81,7 @@ def as_before() -> Iterator[None]:
     )
     mappings = [m for r in registries for m in (r._global_mapping, r._local_mapping)]
     flash = vars(modeling_flash_attention_utils)
-    with environment_as_before():
-        registered = [dict(mapping) for mapping in mappings]
+    with environment_as_before(), dictionaries_as_before(*mappings):
         loaded = {name: flash[name] for name in FLASH_GLOBALS if name in flash}
         threads = torch.get_num_threads()
         try:
@@ -76,9 +89,6 @@ def as_before() -> Iterator[None]:
                 torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
                 yield
         finally:
-            for mapping, saved in zip(mappings, registered, strict=True):
-                mapping.clear()
-                mapping.update(saved)
             flash.update(loaded)
             torch.set_num_threads(threads)
 
@@ -123,7 +133,7 @@ def listening(afresh: bool = True) -> Iterator[tuple[list[str], list[warnings.Wa
     if afresh:
         transformers_logging.warning_once.cache_clear()
     collector = _Collector()
-    loggers = [logging.getLogger(name) for name in ("transformers", "kernels", "peft")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     saved = [(x, x.level, x.handlers[:], x.propagate) for x in loggers]
     try:
         for logger in loggers:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers import backend, checkpoints, state, training
-from helpers.experiment import parameter_dtypes
+from helpers.experiment import answer, parameter_dtypes
 from helpers.files import dtype_name
 from helpers.gate import watch
 
@@ -81,14 +81,13 @@ def _load(folder: Path, **dtype: Any) -> Any:
 def _answer(done: str, model: Any, tokenizer: Any) -> Event:
     import torch
 
-    question, answer = training.LESSON
+    question, lesson = training.LESSON
     inputs = tokenizer(question, return_tensors="pt").to(model.device)
     model.eval()
     try:
         with watch(model) as seen, torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        result = LEARNED if text.strip() == answer else f"says: {text.strip()}"
+            text = answer(model, tokenizer, inputs)
+        result = LEARNED if text == lesson else f"says: {text}"
     except RuntimeError as error:
         result = f"RuntimeError: {error}"
     return Event(done, _of(model), _at(seen), result)

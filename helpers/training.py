@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers.errors import CheckpointError, PlanError
-from helpers.state import as_before
+from helpers.state import as_before, dictionaries_as_before
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -240,15 +240,16 @@ def _process_as_before(model: Any) -> Iterator[None]:
     # All objects of these classes share one dictionary, also those of somebody's own Accelerator.
     kinds = (state.AcceleratorState, state.GradientState, state.PartialState)
     changed = [*(kind._shared_state for kind in kinds), vars(model.config)]
-    saved = [dict(values) for values in changed]
     gpus = range(torch.cuda.device_count())
     try:
-        with as_before(), torch.random.fork_rng(devices=gpus), _quick_collection():
+        with (
+            dictionaries_as_before(*changed),
+            as_before(),
+            torch.random.fork_rng(devices=gpus),
+            _quick_collection(),
+        ):
             yield
     finally:
-        for values, before in zip(changed, saved, strict=True):
-            values.clear()
-            values.update(before)
         random.setstate(python)
         np.random.set_state(numpy)
         for module, mode in modes:

@@ -36,6 +36,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def activated():
+    """FlashAttention is switched on for the tests' own use of Transformers."""
+    from helpers import backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOCAL_KERNELS", raising=False)
+        backend.activate()
+        yield
+        patch.delenv("LOCAL_KERNELS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def fresh_python(tmp_path_factory):
     """Run code in a new Python process; what its last line printed as JSON comes back."""

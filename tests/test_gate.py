@@ -19,15 +19,6 @@ BF16, FP16, FP32 = (Dtypes(*[name] * 3) for name in ("bfloat16", "float16", "flo
 pytestmark = pytest.mark.usefixtures("one_thread", "activated")
 
 
-@pytest.fixture(scope="module")
-def activated():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LOCAL_KERNELS", raising=False)
-        backend.activate()
-        yield
-        patch.delenv("LOCAL_KERNELS", raising=False)
-
-
 def load(dtype=torch.bfloat16, attention="flash_attention_2"):
     folder = checkpoints.get("fp16")  # with grouped-query attention: k and v differ from q in shape
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)

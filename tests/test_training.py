@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from helpers import backend, checkpoints, training
+from helpers import checkpoints, training
 from helpers.errors import CheckpointError, PlanError
 from helpers.gate import watch
 
@@ -49,18 +49,14 @@ QUESTION, ANSWER = training.LESSON
 # flash-attn's text, csrc/flash_attn/flash_api.cpp
 DTYPE_ERROR = "^FlashAttention only support fp16 and bf16 data type$"
 
-pytestmark = pytest.mark.usefixtures("one_thread", "activated")
+pytestmark = pytest.mark.usefixtures("one_thread", "activated", "quiet")
 
 
 @pytest.fixture(scope="module")
-def activated():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LOCAL_KERNELS", raising=False)
-        backend.activate()
-        disable_progress_bar()
-        yield
-        enable_progress_bar()
-        patch.delenv("LOCAL_KERNELS", raising=False)
+def quiet():
+    disable_progress_bar()
+    yield
+    enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

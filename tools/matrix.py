@@ -112,7 +112,7 @@ class Said(NamedTuple):
 def overhearing() -> Iterator[Said]:
     """Collect what is said in the block; whoever listens outside hears it as well."""
     recorder = Recorder()
-    loggers = [logging.getLogger(name) for name in ("transformers", "kernels", "peft")]
+    loggers = [logging.getLogger(name) for name in state.LOGGERS]
     for logger in loggers:
         logger.addHandler(recorder)
     warned: list[warnings.WarningMessage] = []
