@@ -47,6 +47,11 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         self.button = widgets.Button(description="Run", button_style="primary")
         self.button.add_class("dg-run")
         self.button.on_click(self._run)
+        self.known = widgets.HTML()
+        self.known.add_class("dg-known")
+        for knob in (self.transformers, *self.knobs.values()):
+            knob.observe(self._know, "value")
+        self._know()
         self.status = widgets.HTML(view.status_html("Ready."))
         self.status.add_class("dg-status")
         self.result = widgets.HTML()
@@ -54,7 +59,7 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         version = [self.transformers] if self.others else []
         form = widgets.Box([*version, *self.knobs.values(), self.button])
         form.add_class("dg-form")
-        super().__init__([_page_parts(), form, self.status, self.result, self.history])
+        super().__init__([_page_parts(), form, self.known, self.status, self.result, self.history])
         self.add_class("dg-panel")
 
     def plan(self) -> LoadPlan:
@@ -63,6 +68,12 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
             name: None if knob.value == NOT_SET else knob.value for name, knob in self.knobs.items()
         }
         return replace(self.first, **chosen)
+
+    def _know(self, _change: Any = None) -> None:
+        # ipywidgets lets a press of Run overtake the settings that were changed just before it;
+        # panel.js holds the press back until the kernel knows what the page shows.
+        shown = [self.transformers, *self.knobs.values()] if self.others else self.knobs.values()
+        self.known.value = f"<span hidden>{' | '.join(knob.value for knob in shown)}</span>"
 
     def _run(self, _button: Any = None) -> None:
         # Not `disabled`, which would throw the focus out of the panel; panel.js keeps clicks off.

@@ -154,6 +154,22 @@ def test_by_keyboard_alone_the_error_becomes_a_sentence(lab, notebook, panel):
     expect(notebook.locator(".jp-Cell")).to_have_count(cells)
 
 
+def test_a_press_of_run_does_not_overtake_the_settings_before_it(lab, notebook, panel):
+    page, _ = lab
+    dtype = panel.get_by_label("dtype", exact=True)
+    walk(page, "Tab", dtype)
+    page.evaluate(
+        "void jupyterapp.shell.currentWidget.sessionContext.session.kernel"
+        ".requestExecute({code: 'import time; time.sleep(2)'})"
+    )
+    for value in ("float16", "bfloat16", "auto"):
+        page.keyboard.press("ArrowUp")
+        expect(dtype).to_have_value(value)
+    run_by_key(page, panel, 1)
+    expect(panel.locator(".dg-table tbody tr")).to_contain_text("auto")
+    expect(panel.locator(".dg-status")).not_to_contain_text("Waiting")
+
+
 def test_jupyterlab_takes_no_key_from_a_control(lab, notebook, panel):
     page, _ = lab
     cells = notebook.locator(".jp-Cell").count()

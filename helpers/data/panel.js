@@ -17,17 +17,32 @@
     }
   });
 
+  // Whether the kernel knows every setting that the page shows; see ExplorePanel._know.
+  const known = (panel) => {
+    const shown = [...panel.querySelectorAll(".dg-form select")].map((select) => select.value);
+    return panel.querySelector(".dg-known").textContent.trim() === shown.join(" | ");
+  };
+
   // A busy kernel hears of a press late and a restarted one never, so the page answers first.
   document.addEventListener("click", (event) => {
     const run = event.target.closest?.(".dg-run");
     if (!run) return;
-    const status = run.closest(".dg-panel").querySelector(".dg-status .widget-html-content");
+    const panel = run.closest(".dg-panel");
+    const status = panel.querySelector(".dg-status .widget-html-content");
     const gone = run.matches(".jupyter-widgets-disconnected");
     if (gone || run.matches(".dg-busy")) event.stopImmediatePropagation();
     if (gone) status.textContent = "The kernel was restarted: run this notebook again from the top.";
     else if (!run.matches(".dg-busy")) {
       status.textContent = "Waiting for the kernel ...";
       run.classList.add("dg-busy"); // the kernel takes it away when the run is done
+      if (known(panel)) return;
+      event.stopImmediatePropagation();
+      new MutationObserver((_changes, observer) => {
+        if (!known(panel)) return;
+        observer.disconnect();
+        run.classList.remove("dg-busy");
+        run.click();
+      }).observe(panel.querySelector(".dg-known"), { subtree: true, childList: true, characterData: true });
     }
   }, true);
 
