@@ -81,6 +81,50 @@ def run(quick: bool) -> Iterator[Row]:
         yield Row("run(LoadPlan())", "ms", *interleave(*sides, 10 if quick else 40), 1.3)
 
 
+def live(quick: bool) -> Iterator[Row]:
+    """``xray`` of a model with weights, six layers of Qwen1.5-0.5B; its forward."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from helpers import backend, subjects, xray
+
+    config = AutoConfig.for_model(**subjects.shipped()["Qwen1.5-0.5B"]["config"])
+    config.num_hidden_layers = 6
+    backend.activate()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation="flash_attention_2"
+    ).eval()
+    ids = torch.ones(2, 64, dtype=torch.long)
+    with one_thread(), torch.no_grad():
+        bare = timed(partial(model, input_ids=ids, use_cache=False))
+        sides = interleave(timed(partial(xray, model, ids)), bare, 5 if quick else 20)
+    yield Row("X-ray of a live model", "ms", *sides, 1.3)
+
+
+def full_size(quick: bool) -> Iterator[Row]:
+    """``xray("Qwen1.5-110B")``; building and forwarding it on fake tensors."""
+    measure = (partial(processes.full_size, side) for side in ("xray", "bare"))
+    sides = interleave(*measure, 3 if quick else 9)
+    yield Row("X-ray of Qwen1.5-110B", "s", *([m.seconds for m in side] for side in sides), 1.3)
+    yield Row("  without the comparison", "s", [m.seconds for m in sides[0]], bound=3)
+    yield Row("  its peak memory", "MB", [m.peak for m in sides[0]], bound=600)
+
+
+def picture(quick: bool) -> Iterator[Row]:
+    """The dtype river of 200 layers."""
+    from transformers import Qwen2Config
+
+    from helpers import river, xray
+
+    config = Qwen2Config(
+        num_hidden_layers=200, hidden_size=64, intermediate_size=64, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    found = xray(config, dtype="float32", autocast="bfloat16")
+    draw = timed(partial(river.html, found))
+    yield Row("picture of 200 layers", "ms", [draw() for _ in range(10 if quick else 40)], bound=50)
+
+
 def click(quick: bool) -> Iterator[Row]:
     """The panel's Run button at several settings, after a first round that fills the caches."""
     from helpers.panels import ExplorePanel
@@ -127,6 +171,9 @@ ROWS = {
     "lora": lora,
     "matrix": matrix,
     "run": run,
+    "live": live,
+    "full-size": full_size,
+    "picture": picture,
     "click": click,
     "kernel": kernel,
     "import": import_helpers,
@@ -162,7 +209,7 @@ def machine() -> str:
     """What the numbers hold for."""
     import torch
 
-    from helpers.experiment import versions
+    from helpers.backend import versions
 
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     cores = f"{psutil.cpu_count()} cores, {torch.get_num_threads()} torch threads (run, kernel: 1)"

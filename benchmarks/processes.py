@@ -62,6 +62,13 @@ def bare(checkpoint: Path) -> Measured:
     return Measured(seconds, float(peak))
 
 
+def full_size(side: str) -> Measured:
+    """Run full_size.py. CalledProcessError: it fails."""
+    command = [sys.executable, "-m", "benchmarks.full_size", side]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parent)
+    return Measured(*map(float, done.stdout.split()))
+
+
 def _execute(client, code: str, **more) -> dict:
     options = {"reply": True, "timeout": 300, "stop_on_error": False, "allow_stdin": False}
     return client.execute(code, **options, **more)["content"]

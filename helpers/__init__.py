@@ -8,9 +8,11 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # what type checkers take for True; importing typing costs milliseconds
 if TYPE_CHECKING:
+    from helpers.backend import versions
     from helpers.checklist import same_dtype
     from helpers.errors import PlanError
-    from helpers.experiment import Outcome, run, versions
+    from helpers.experiment import Outcome, run
+    from helpers.gate import xray
     from helpers.panels import explore
     from helpers.plan import LoadPlan
 
@@ -20,11 +22,12 @@ _HOME_OF = {
     "PlanError": "helpers.errors",
     "run": "helpers.experiment",
     "same_dtype": "helpers.checklist",
-    "versions": "helpers.experiment",
+    "versions": "helpers.backend",
     "explore": "helpers.panels",
+    "xray": "helpers.gate",
 }
 
-__all__ = ["LoadPlan", "Outcome", "PlanError", "explore", "run", "same_dtype", "versions"]
+__all__ = ["LoadPlan", "Outcome", "PlanError", "explore", "run", "same_dtype", "versions", "xray"]
 
 
 def __getattr__(name: str) -> object:

@@ -7,12 +7,14 @@ library, under Transformers 4, whose ``kernels`` is older, as a download that is
 already. No function of any library is replaced.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
+import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -21,6 +23,13 @@ BackendName = Literal["flash_attn", "hub-kernel", "reference"]
 
 KERNEL_FOLDER = Path(__file__).parent / "reference_kernel"
 HUB_CACHE = KERNEL_FOLDER / "hub-cache"  # the same kernel as the hub's cache would hold it
+
+
+class Versions(dict[str, str]):
+    """Version by package; ``str()`` is the line that tags a result."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{package} {number}" for package, number in self.items())
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,16 @@ def _activate_old() -> Backend:
 def is_old() -> bool:
     """Whether the installed Transformers is of the generation before 5."""
     return int(version("transformers").partition(".")[0]) < 5
+
+
+@functools.cache
+def versions() -> Versions:
+    """The versions that an outcome holds for, without local labels such as ``+cpu``."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "kernels", "peft", "flash-attn"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package).partition("+")[0]
+    return Versions(found)
 
 
 def _has_gpu() -> bool:

@@ -1,6 +1,7 @@
 """The command ``dtype-doctor``.
 
     dtype-doctor run --checkpoint fp32 --dtype auto     carry out a LoadPlan here and say what came
+    dtype-doctor xray Qwen1.5-72B --dtype float32       show where float32 comes in, without weights
     dtype-doctor env                                    is this machine ready for the guide
 
 ``run --json`` prints the whole Outcome, so that one Python environment can ask another.
@@ -15,8 +16,9 @@ from dataclasses import fields
 
 from helpers import checkpoints, machine
 from helpers.errors import CheckpointError, PlanError
-from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, KEYWORDS, LoadPlan
+from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, HALF, KEYWORDS, LoadPlan
 from helpers.steps import STEPS
+from helpers.subjects import EXPECTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,13 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     if given.command == "env":
         return 0 if machine.report() else 1
+    if given.command == "xray":
+        return _xray(given)
     plan = LoadPlan(**{field.name: getattr(given, field.name) for field in fields(LoadPlan)})
     return _run(plan, given.json)
 
 
 def _run(plan: LoadPlan, as_json: bool) -> int:
     from helpers.experiment import run
-    from helpers.view import Card
+    from helpers.view import Card, verdict
 
     try:
         outcome = run(plan)
@@ -41,7 +45,27 @@ def _run(plan: LoadPlan, as_json: bool) -> int:
         print(_as_typed(str(error)), file=sys.stderr)
         return 2
     print(outcome.to_json() if as_json else Card(outcome))
-    return 0 if outcome.ok and outcome.finite else 1
+    return 0 if verdict(outcome).state == "good" else 1
+
+
+def _xray(given: argparse.Namespace) -> int:
+    from helpers.gate import xray
+
+    steps = [*(["lora"] if given.lora else []), *(["norms_float"] if given.norms else [])]
+    try:
+        found = xray(
+            given.model,
+            dtype=given.dtype,
+            autocast=given.autocast,
+            after_load=steps,
+            decode=given.decode,
+            trust_remote_code=given.trust_remote_code,
+        )
+    except (PlanError, CheckpointError, RuntimeError) as error:
+        print(_as_typed(str(error)), file=sys.stderr)
+        return 2
+    print(found.to_json() if given.json else repr(found))
+    return {True: 0, False: 1, None: 2}[found.ok]
 
 
 def _as_typed(message: str) -> str:
@@ -95,6 +119,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--question", default=default.question, help="what the model is asked")
     run.add_argument("--json", action="store_true", help="print the whole Outcome as JSON")
+    look = commands.add_parser(
+        "xray",
+        help="show where float32 comes in, by the config alone",
+        description="Build a model at its own size without its weights, run its forward, and show"
+        " the dtypes on the way to FlashAttention.",
+        epilog="exit status: 0 it passes, 1 it fails, 2 it could not be told",
+    )
+    look.add_argument("model", help=EXPECTED)
+    look.add_argument("--dtype", choices=DTYPES, help="dtype= of from_pretrained")
+    look.add_argument("--autocast", choices=HALF, help="the dtype of torch.autocast around forward")
+    look.add_argument("--lora", action="store_true", help="with a LoRA adapter")
+    look.add_argument(
+        "--norms", choices=["float32"], help="cast every norm, as k-bit training does"
+    )
+    look.add_argument(
+        "--decode", action="store_true", help="the token after the prompt, with cache"
+    )
+    look.add_argument(
+        "--trust-remote-code", action="store_true", help="let code of the checkpoint run"
+    )
+    look.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
 

@@ -7,38 +7,31 @@ as a user would. Nothing in an Outcome is predicted.
 import contextlib
 import functools
 import json
-import platform
-import re
 import time
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import adapter, backend, checkpoints, state
+from helpers import adapter, backend, checkpoints, state, subjects
+from helpers.backend import Versions, versions
 from helpers.errors import PlanError
-from helpers.files import declared_dtype, dtype_name, file_dtypes, local_folder
-from helpers.gate import GateRecord, watch
-from helpers.plan import MAX_NEW_TOKENS, LoadPlan, listed, snippet
-from helpers.steps import STEPS, Context
+from helpers.files import declared_dtype, file_dtypes, local_folder
+from helpers.gate import How, of_config, traced
+from helpers.plan import MAX_NEW_TOKENS, LoadPlan, snippet
+from helpers.probe import GateRecord, parameter_dtypes, watch
+from helpers.steps import NEED_WEIGHTS, STEPS, Context
+from helpers.subjects import Subject
 
 if TYPE_CHECKING:
     import torch
+
+    from helpers.reading import XRay
 
 SMALL = 32 * 2**20  # bytes of weights
 REFERENCE_LIMIT = 2 * 2**30  # bytes of weights; twice as much in memory where they are 16 bit
 
 Loader = Callable[[LoadPlan, str, str], tuple[Any, Any]]
-
-
-class Versions(dict[str, str]):
-    """Version by package; ``str()`` is the line that tags a result."""
-
-    def __str__(self) -> str:
-        return ", ".join(f"{package} {number}" for package, number in self.items())
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,8 @@ class Outcome:
             watching of the gate, which costs most on a GPU.
         snippet: the code a person pastes into their own script.
         autocast_as_on_a_gpu: it ran on a CPU under Transformers 4, which does not see that autocast
-            is on there; it was made to count as on a GPU (``gate.watch``).
+            is on there; it was made to count as on a GPU (``probe.watch``).
+        xray: of the forward pass; None where it was not reached.
         recorded: not measured now, but read from the record of another environment, which holds no
             frames, no ``max_logit_gap`` and no ``seconds``.
     """
@@ -95,15 +89,23 @@ class Outcome:
     seconds: float = 0.0
     snippet: str = ""
     autocast_as_on_a_gpu: bool = False
+    xray: "XRay | None" = field(default=None, repr=False)
     recorded: bool = False
 
     @property
     def ok(self) -> bool:
         return self.error_type is None
 
+    @property
+    def weightless(self) -> bool:
+        """It ran at full size on tensors that have no data, because the weights are absent."""
+        return self.xray is not None and self.xray.weightless
+
     def to_json(self) -> str:
         """The same, as a JSON object; non-finite numbers become strings."""
-        data = {"ok": self.ok, **asdict(self)}
+        plan = replace(self.plan, checkpoint=self.plan.name)
+        data = {"ok": self.ok, **asdict(replace(self, plan=plan, xray=None))}
+        data["xray"] = self.xray and json.loads(self.xray.to_json())
         if self.max_logit_gap is not None and not abs(self.max_logit_gap) < float("inf"):
             data["max_logit_gap"] = str(self.max_logit_gap)
         return json.dumps(data, indent=2)
@@ -111,6 +113,8 @@ class Outcome:
     def __str__(self) -> str:
         if not self.ok:
             return f"fails in {self.stage}: {self.error_type}: {self.error}"
+        if self.xray is not None and self.weightless:
+            return f"passes without weights: {self.xray.verdict.removeprefix('passes: ')}"
         verdict = "works" if self.finite else "runs, but its logits are not finite"
         return f"{verdict}: {self.text}"
 
@@ -131,7 +135,7 @@ def run(plan: LoadPlan, load: Loader = load) -> Outcome:
     """Carry out the plan and measure.
 
     An exception inside the libraries becomes part of the Outcome. On a CPU under Transformers 4,
-    autocast counts for the rescue cast as it does on a GPU (``gate.watch`` says how). The default
+    autocast counts for the rescue cast as it does on a GPU (``probe.watch`` says how). The default
     dtype, environment, registered attention functions, log levels, random state and warning filters
     are afterwards as they were before, also on Ctrl-C.
 
@@ -147,20 +151,27 @@ def run(plan: LoadPlan, load: Loader = load) -> Outcome:
     with state.environment_as_before():
         # First of all: under Transformers 4 it has to come before the libraries are imported.
         here = backend.activate() if uses_flash else backend.detect()
-        path = resolve(str(plan.checkpoint))
+        path = resolve(plan.checkpoint)
         if plan.adapter is not None:
             adapter.read(plan.adapter)
         with state.as_before():
-            size = _weight_bytes(path)
-            _few_threads(size)
-            reference = _reference(path, plan, size)
-            with state.listening() as (heard, warned):
-                measured = _measure(plan, path, here, reference, load)
-    files = local_folder(path)
+            if isinstance(path, Subject):
+                with state.listening() as (heard, warned):
+                    measured = _without_weights(plan, path, here)
+            else:
+                size = _weight_bytes(path)
+                _few_threads(size)
+                reference = _reference(path, plan, size)
+                with state.listening() as (heard, warned):
+                    measured = _measure(plan, path, here, reference, load)
+                if (files := local_folder(path)) is not None:
+                    measured = replace(
+                        measured,
+                        file_dtypes=file_dtypes(files),
+                        declared_dtype=declared_dtype(files),
+                    )
     return replace(
         measured,
-        file_dtypes=file_dtypes(files) if files else {},
-        declared_dtype=declared_dtype(files) if files else None,
         warnings=tuple(dict.fromkeys(str(w.message) for w in warned)),
         logs=tuple(dict.fromkeys(heard)),
         versions=versions(),
@@ -177,32 +188,57 @@ def needs_a_gpu(plan: LoadPlan, versions: Versions) -> bool:
     return flash and plan.uses_autocast and versions["transformers"].startswith("4.")
 
 
-def resolve(checkpoint: str) -> str:
-    """A name, a folder or a hub id as ``from_pretrained`` takes it.
+def resolve(checkpoint: Any) -> "str | Subject":
+    """A checkpoint as ``from_pretrained`` takes it, or as a model that is built without weights
+    where there are none on this machine: they are never downloaded here.
 
     Raises:
-        PlanError: it is none of them.
+        PlanError: it is neither.
     """
     if checkpoint in checkpoints.available():
         return str(checkpoints.get(checkpoint))
-    if checkpoint and Path(checkpoint).is_dir():
-        _require_model(Path(checkpoint))
-        return checkpoint
-    expected = f"one of {listed(checkpoints.available())}, a folder, or a hub id like 'org/model'"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise PlanError(f"{checkpoint!r} is not a checkpoint: expected {expected}.")
-    _require_reachable(checkpoint, expected)
-    return checkpoint
+    if isinstance(checkpoint, str) and checkpoint:
+        if Path(checkpoint).is_dir():
+            _require_model(Path(checkpoint))
+        if local_folder(checkpoint) is not None:
+            return checkpoint
+    return subjects.find(checkpoint)
 
 
-@functools.cache
-def versions() -> Versions:
-    """The versions that an outcome holds for, without local labels such as ``+cpu``."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "kernels", "peft", "flash-attn"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package).partition("+")[0]
-    return Versions(found)
+def _without_weights(plan: LoadPlan, subject: Subject, here: backend.Backend) -> Outcome:
+    """The forward pass of a plan at full size on tensors that have no data."""
+
+    needy = [step for step in plan.after_load if step in NEED_WEIGHTS]
+    if plan.adapter is not None or needy:
+        what = "adapter=" if plan.adapter is not None else f"after_load with {needy[0]!r}"
+        raise PlanError(
+            f"The weights of {subject.name!r} are not on this machine, and {what} needs them: leave"
+            " it out, or get the weights (hf download)."
+        )
+    default = plan.default_dtype or "float32"
+    dtype = plan.dtype
+    if dtype == "omitted":  # what Transformers makes of it: 4 the default dtype, 5 "auto"
+        dtype = default if backend.is_old() else "auto"
+    if dtype == "auto":
+        dtype = subject.dtype or default
+    started = time.perf_counter()
+    with _autocast(plan, here):
+        found = of_config(subject, How(), dtype, plan.attention, plan.after_load)
+    if found.ok is None:
+        raise PlanError(f"{subject.name} without its weights: {found.verdict}.")
+    return Outcome(
+        plan,
+        stage="done" if found.ok else "forward",
+        error_type=found.error_type,
+        error=found.error,
+        frames=found.frames,
+        declared_dtype=subject.dtype,
+        loaded_dtypes=found.loaded,
+        changed_dtypes=found.parameters if plan.after_load else {},
+        gate=found.gate,
+        seconds=time.perf_counter() - started,
+        xray=found,
+    )
 
 
 def _measure(
@@ -213,6 +249,8 @@ def _measure(
     load: Loader,
 ) -> Outcome:
     import torch
+
+    from helpers.reading import frames
 
     outcome = Outcome(plan)
     seen: dict[str, list[GateRecord]] = {}
@@ -234,8 +272,12 @@ def _measure(
                 " give a folder that holds the tokenizer's files too."
             )
         with torch.inference_mode(), _autocast(plan, here):
-            with watch(model) as seen["forward"]:
-                logits = model(**inputs).logits.float().cpu()
+            try:
+                with traced(model, dict(inputs)) as trace:
+                    logits = model(**inputs).logits.float().cpu()
+            finally:
+                outcome = replace(outcome, xray=trace.xray)
+                seen["forward"] = list(trace.xray.gate)
             outcome = replace(outcome, stage="generate", finite=bool(logits.isfinite().all()))
             if reference is not None:
                 gap = float((logits - reference).abs().max())
@@ -256,7 +298,7 @@ def _measure(
             outcome,
             error_type=type(error).__name__,
             error=str(error),
-            frames=_frames(error),
+            frames=frames(error),
         )
     return replace(
         outcome,
@@ -309,15 +351,6 @@ def answer(model: Any, tokenizer: Any, inputs: Any) -> str:
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def parameter_dtypes(model: Any) -> dict[str, int]:
-    """The dtypes of a model's parameters with their number of tensors, most frequent first.
-
-    Parameters are scanned because ``config.dtype`` keeps its old value after ``model.float()``.
-    """
-    counts = Counter(dtype_name(p.dtype) for p in model.parameters())
-    return dict(counts.most_common())
-
-
 def _reference(path: str, plan: LoadPlan, size: int) -> "torch.Tensor | None":
     """The prompt's logits in float32; None where that does not run, or would fill the memory."""
     if 0 < size < REFERENCE_LIMIT:
@@ -356,20 +389,6 @@ def _fingerprint(path: str) -> tuple[int, ...]:
     return tuple(f.stat().st_mtime_ns for f in sorted(Path(path).glob("*")) if f.is_file())
 
 
-def _frames(error: BaseException) -> tuple[str, ...]:
-    """The frames of the libraries, without this package's own and with paths from site-packages."""
-    own = Path(__file__).parent
-    frames = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        file = Path(frame.filename)
-        if own in file.parents and "reference_kernel" not in file.parts:
-            continue
-        where = file.relative_to(own.parent) if own in file.parents else file
-        short = re.split("site-packages/", where.as_posix())[-1]
-        frames.append(traceback.FrameSummary(short, frame.lineno, frame.name, line=frame.line))
-    return tuple(line.rstrip() for line in traceback.format_list(frames))
-
-
 def _require_model(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise PlanError(
@@ -381,33 +400,8 @@ def _require_model(folder: Path) -> None:
             f"The folder {str(folder)!r} has no config.json, so it is not a checkpoint:"
             " give the folder that save_pretrained wrote."
         )
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
-        raise PlanError(
-            f"The folder {str(folder)!r} has a config.json and no weights: put the *.safetensors"
-            " files beside it, or give the folder that save_pretrained wrote."
-        )
     declared_dtype(folder)
     file_dtypes(folder)
-
-
-def _require_reachable(hub_id: str, expected: str) -> None:
-    from huggingface_hub import file_exists, try_to_load_from_cache
-
-    try:  # from_pretrained would wait for its retries, half a minute without network
-        cached = try_to_load_from_cache(hub_id, "config.json")
-        if isinstance(cached, str) or file_exists(hub_id, "config.json"):
-            return
-        reason = "the hub shows no such model"
-    except Exception as error:  # no network shows as many types
-        reason = type(error).__name__
-        if backend.is_old() and reason == "OfflineModeIsEnabled":
-            reason = (
-                "HF_HUB_OFFLINE is on, as Transformers 4 needs it here; 'hf download' it before"
-            )
-    raise PlanError(
-        f"{hub_id!r} is neither a folder, nor in the Hugging Face cache, nor to be had from the hub"
-        f" ({reason}): expected {expected}; a hub id needs network at first."
-    )
 
 
 def _autocast(plan: LoadPlan, here: backend.Backend) -> Any:

@@ -127,3 +127,8 @@ def first_sentence(error: BaseException) -> str:
     """The first sentence of an error that may have many lines."""
     text = " ".join(str(error).split()).split(". ")[0].rstrip(".:")
     return (text if len(text) <= 160 else f"{text[:157]}...") or type(error).__name__
+
+
+def listed(values: Any) -> str:
+    """Values as a person reads a choice: quoted, with commas."""
+    return ", ".join(map(repr, values))

@@ -1,142 +1,304 @@
-"""The gate: the dtypes of q, k and v on their way into the attention kernel.
+"""The X-ray: where float32 comes in, and whether it reaches the gate.
 
-Two places are watched. *Attention input* is what the model's attention module hands over.
-*Kernel* is what FlashAttention receives after Transformers' own rescue, which casts a float32
-query to the autocast dtype if autocast is on, else to the dtype of the module's first ``Linear``
-(``get_target_dtype`` in transformers/integrations/flash_attention.py). FlashAttention decides on
-the second.
+A live model runs its own forward. A config runs at its own size on tensors that have no data.
 """
 
-import sys
-from collections.abc import Callable, Iterator
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers import backend, state
+from helpers import backend, state, subjects
+from helpers.errors import PlanError
+from helpers.files import dtype_name, listed
+from helpers.probe import GateRecord, parameter_dtypes, watch
+from helpers.steps import NEED_WEIGHTS, STEPS, Context
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from helpers.reading import XRay
+    from helpers.subjects import Subject
+    from helpers.tracer import Tracer
 
 
-class Dtypes(NamedTuple):
-    """The dtypes of one attention call, as ``"bfloat16"`` and the like."""
+def xray(
+    what: Any,
+    inputs: Any = None,
+    *,
+    dtype: str | None = None,
+    attention: str = "flash_attention_2",
+    autocast: str | None = None,
+    after_load: Iterable[str] = (),
+    size: str | None = None,
+    cache: str | None = None,
+    decode: bool = False,
+    trust_remote_code: bool = False,
+) -> "XRay":
+    """Run one forward pass and show every dtype on the way to the gate.
 
-    q: str
-    k: str
-    v: str
+    A live model runs its own forward, in its own mode, and is left as it was: gradients, mode,
+    hooks, buffers, random state. Anything else becomes a model without weights, on tensors that
+    have a shape and a dtype and no data.
 
-    @classmethod
-    def of(cls, q: Any, k: Any, v: Any) -> "Dtypes":
-        """From three tensors or three ``torch.dtype``."""
-        return cls(*(str(getattr(x, "dtype", x)).removeprefix("torch.") for x in (q, k, v)))
+    Args:
+        what: a model, with PEFT or not; or a name from ``subjects.known()`` or
+            ``checkpoints.available()``, a folder, a hub id, or a config.
+        inputs: what the forward gets: a dictionary, or token ids; by default something small that
+            the architecture takes.
+        dtype: as ``from_pretrained(dtype=...)``; None and "auto" mean what the checkpoint says. Not
+            for a live model, which has its dtypes.
+        attention: as ``attn_implementation=``. Not for a live model.
+        autocast: the dtype of a region around the forward; None leaves a live model in the regions
+            it is called in.
+        after_load: steps from ``steps.STEPS`` that change the model before. Not for a live model.
+        size: "full" shows a live model on tensors without data too.
+        cache: "dynamic" or "static": keep the keys and values, as in generation. Default: none.
+        decode: after the prompt, show the pass of one more token, with the cache.
+        trust_remote_code: whether Python code that comes with a checkpoint may run.
 
-    def __str__(self) -> str:
-        return self.q if len(set(self)) == 1 else f"q {self.q}, k {self.k}, v {self.v}"
-
-
-@dataclass
-class GateRecord:
-    """The first attention call of one layer.
-
-    ``kernel`` holds what the FlashAttention kernel received, and ``accepted`` whether it came back
-    with a result instead of an exception. Both are None where no kernel was seen: sdpa, eager, or
-    an error before.
+    Raises:
+        PlanError: an argument is at fault.
+        RuntimeError: FlashAttention cannot be switched on in this process (``backend.activate``).
     """
+    import torch
 
-    layer: str
-    attention_input: Dtypes
-    kernel: Dtypes | None = None
-    accepted: bool | None = None
+    steps = (after_load,) if isinstance(after_load, str) else tuple(after_load)
+    dtype, autocast = (None if x is None else dtype_name(x) for x in (dtype, autocast))
+    _check(dtype, attention, autocast, steps, size, cache)
+    is_live = isinstance(what, torch.nn.Module)
+    if is_live and (dtype is not None or steps or attention != "flash_attention_2"):
+        raise PlanError(
+            "A live model has its dtypes, its attention and its adapters: leave out dtype=,"
+            " attention= and after_load=, or give its config."
+        )
+    how = How(inputs, autocast, "dynamic" if decode and cache is None else cache, decode)
+    with state.as_before(), state.listening() as (heard, _warned):
+        here = backend.activate() if attention == "flash_attention_2" else backend.detect()
+        if is_live:
+            found = _of_live(what, how, weightless=size == "full")
+        else:
+            subject = subjects.find(what, trust_remote_code)
+            wanted = subject.dtype if dtype in (None, "auto", "omitted") else dtype
+            found = of_config(subject, how, wanted, attention, steps)
+    logs = tuple(dict.fromkeys(heard))
+    return replace(found, logs=logs, versions=backend.versions(), backend=here.name)
+
+
+class How(NamedTuple):
+    """How the forward is called."""
+
+    inputs: Any = None
+    autocast: str | None = None
+    cache: str | None = None
+    decode: bool = False
+
+
+def of_config(
+    subject: "Subject", how: How, dtype: str | None, attention: str, steps: tuple[str, ...]
+) -> "XRay":
+    """The X-ray of a model that is built without weights; FlashAttention is switched on already."""
+    import torch
+
+    from helpers.weightless import ASSUMED, Weightless
+
+    with torch.random.fork_rng(devices=[]), Weightless() as mode, torch.no_grad():
+        model = subjects.build(subject.config, dtype, attention)
+        loaded = parameter_dtypes(model)
+        for step in steps:
+            model = STEPS[step].apply(model, Context(None, attention))
+        inputs, _ = _inputs(model, how)
+        tracer = _tracer(model, inputs, model.named_parameters(), model.named_buffers())
+        found = _look(model, model, inputs, how, tracer, mode.shown_to(tracer), False)
+    name = f"{subject.name} ({type(model).__name__}, {', '.join((dtype or 'omitted', *steps))})"
+    notes = (ASSUMED,) if mode.assumed else ()
+    return replace(found, subject=name, loaded=loaded, weightless=True, notes=notes)
+
+
+def _of_live(model: Any, how: How, weightless: bool) -> "XRay":
+    import torch
+
+    from helpers.tracer import Watching
+    from helpers.weightless import ASSUMED, Weightless
+
+    inputs, given = _inputs(model, how)
+    with _left_as_it_was(model), torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+        if not weightless:
+            tracer = _tracer(model, inputs, model.named_parameters(), model.named_buffers())
+            return _look(model, model, inputs, how, tracer, Watching(tracer), given)
+        with Weightless() as mode:
+            weights = [(name, mode.from_tensor(p)) for name, p in model.named_parameters()]
+            buffers = [(name, mode.from_tensor(b)) for name, b in model.named_buffers()]
+            tracer = _tracer(model, inputs, weights, buffers)
+
+            def forward(**kwargs: Any) -> Any:
+                tensors: dict[str, torch.Tensor] = dict([*weights, *buffers])
+                return torch.func.functional_call(model, tensors, kwargs=kwargs)
+
+            found = _look(model, forward, inputs, how, tracer, mode.shown_to(tracer), given)
+    return replace(found, weightless=True, notes=(ASSUMED,) if mode.assumed else ())
+
+
+class Trace:
+    """Of a forward pass in ``traced``: ``xray`` is there after the block."""
+
+    xray: "XRay"
 
 
 @contextmanager
-def watch(model: "PreTrainedModel") -> Iterator[list[GateRecord]]:
-    """Record the dtypes at the gate of every layer while the model runs inside the block.
+def traced(model: Any, inputs: dict[str, Any]) -> Iterator[Trace]:
+    """X-ray the forward pass that the block makes; what it raises goes on."""
+    from helpers.tracer import Watching
 
-    The records appear in the order in which the layers are called. The attention function that
-    Transformers registered is put back afterwards, whatever happens inside.
+    tracer = _tracer(model, inputs, model.named_parameters(), model.named_buffers())
+    with _traced(model, tracer, Watching(tracer), True) as trace:
+        yield trace
 
-    Transformers 4 asks ``torch.is_autocast_enabled()`` before the rescue cast, which means CUDA, so
-    a region of autocast on the CPU would not count as the same region on a GPU does. While it
-    decides about CPU tensors, CUDA's autocast state is therefore the CPU's. Architectures of
-    Transformers 4 with attention classes of their own ask elsewhere and are not reached, neither
-    are peft's quantised layers.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
-    names = {id(module): name for name, module in model.named_modules()}
-    records: dict[str, GateRecord] = {}
-    calling: list[GateRecord] = []
+@contextmanager
+def _traced(model: Any, tracer: "Tracer", shown: Any, given: bool) -> Iterator[Trace]:
+    from helpers.reading import Call, read
 
-    def attention(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-        layer = names.get(id(module), type(module).__name__)
-        record = records.setdefault(layer, GateRecord(layer, Dtypes.of(q, k, v)))
-        calling.append(record)
-        came_back = False
-        try:
-            function = registered or sys.modules[type(module).__module__].eager_attention_forward
-            with state.autocast_as_on_a_gpu(q.device.type):
-                result = function(module, q, k, v, *args, **kwargs)
-            came_back = True
-            return result
-        finally:
-            calling.pop()
-            if record.kernel is not None and record.accepted is None:
-                record.accepted = came_back
+    calls: list[Call] = []
 
-    def kernel(q: Any, k: Any, v: Any) -> None:
-        if calling and calling[-1].kernel is None:
-            calling[-1].kernel = Dtypes.of(q, k, v)
+    def seen(record: GateRecord, qkv: tuple[Any, Any, Any]) -> None:
+        calls.append(Call(record, tracer.order, tuple(tracer.origin(x) for x in qkv)))
 
-    name = model.config._attn_implementation
-    registered = registry.get(name)  # None for "eager", which each modeling file defines for itself
-    seen: list[GateRecord] = []
-    local = dict(registry._local_mapping)
-    registry[name] = attention
+    trace, error = Trace(), None
     try:
-        with _kernel_calls(kernel):
-            yield seen
+        with tracer.hooked(), watch(model, seen), shown:
+            yield trace
+    except Exception as raised:
+        error = raised
+        raise
     finally:
-        registry._local_mapping.clear()
-        registry._local_mapping.update(local)
-        seen.extend(records.values())
+        found = read(type(model).__name__, tracer, calls, error, given)
+        trace.xray = replace(found, parameters=parameter_dtypes(model))
+
+
+def _look(
+    model: Any,
+    forward: Callable[..., Any],
+    inputs: dict[str, Any],
+    how: How,
+    tracer: "Tracer",
+    shown: Any,
+    given: bool,
+) -> "XRay":
+    """The X-ray of one forward, whatever it raises."""
+    with _region(model, how.autocast):
+        kwargs = _with_cache(model, forward, inputs, how)
+        with contextlib.suppress(Exception), _traced(model, tracer, shown, given) as trace:
+            forward(**kwargs)
+    return trace.xray
+
+
+def _tracer(
+    model: Any,
+    inputs: dict[str, Any],
+    parameters: Iterable[tuple[str, Any]],
+    buffers: Iterable[tuple[str, Any]],
+) -> "Tracer":
+    from helpers.tracer import Tracer, tensors_of
+
+    return Tracer(
+        model,
+        *(("input", name, tensor) for name, tensor in tensors_of(inputs)),
+        *(("parameter", name, tensor) for name, tensor in parameters),
+        *(("buffer", name, tensor) for name, tensor in buffers),
+    )
+
+
+def _inputs(model: Any, how: How) -> tuple[dict[str, Any], bool]:
+    """What the forward gets, on the model's device, and whether the caller has given it."""
+    from helpers.examples import example_inputs
+
+    given = how.inputs is not None
+    inputs = _named(how.inputs) if given else example_inputs(model)
+    device = next((p.device for p in model.parameters()), "cpu")
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}, given
+
+
+def _named(inputs: Any) -> dict[str, Any]:
+    """Inputs as keyword arguments of a forward."""
+    if hasattr(inputs, "items"):  # a dictionary, or what a tokenizer returns
+        return dict(inputs.items())
+    return {"input_ids": inputs}
+
+
+def _region(model: Any, autocast: str | None) -> Any:
+    import torch
+
+    if autocast is None:
+        return contextlib.nullcontext()
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return torch.autocast(device, dtype=getattr(torch, autocast))
+
+
+def _with_cache(
+    model: Any, forward: Callable[..., Any], inputs: dict[str, Any], how: How
+) -> dict[str, Any]:
+    """The arguments of the pass that is shown: of the prompt, or of one more token after it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = inspect.signature(base.forward).parameters
+    if how.cache is None:
+        return {**inputs, **({"use_cache": False} if "use_cache" in takes else {})}
+    if "past_key_values" not in takes:
+        raise PlanError(f"{type(base).__name__} keeps no cache: leave out cache= and decode=.")
+    first = {**inputs, "use_cache": True}
+    if how.cache == "static":
+        from transformers import StaticCache
+
+        first["past_key_values"] = StaticCache(config=base.config, max_cache_len=64)
+    if not how.decode:
+        return first
+    import torch
+
+    with torch.no_grad():
+        past = forward(**first).past_key_values
+    one = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    token = torch.ones(len(inputs[one]), 1, dtype=torch.long)
+    kept = {k: v for k, v in inputs.items() if "mask" not in k and "embeds" not in k}
+    return {**kept, one: token, "use_cache": True, "past_key_values": past}
 
 
 @contextmanager
-def _kernel_calls(callback: Callable[[Any, Any, Any], None]) -> Iterator[None]:
-    """Call back with q, k, v (or their dtypes) whenever a FlashAttention kernel is entered."""
-    from helpers.reference_kernel import attention
+def _left_as_it_was(model: Any) -> Iterator[None]:
+    """Random state and buffers, which a forward in training mode moves."""
+    import torch
 
-    if backend.detect().name == "reference":
-
-        def watcher(call: attention.GateCall) -> None:
-            callback(call.q, call.k, call.v)
-
-        attention.watchers.append(watcher)
-        try:
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    buffers = {n: b.clone() for n, b in model.named_buffers()} if model.training else {}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
             yield
-        finally:
-            attention.watchers.remove(watcher)
-    else:
-        with native_calls(callback):
-            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
 
 
-def native_calls(callback: Callable[[Any, Any, Any], None]) -> Any:
-    """A context manager that sees flash-attn's own operators pass PyTorch's dispatcher.
-
-    flash-attn 2.7 and later, and the prebuilt kernels, register their forward as a PyTorch operator
-    whose first three arguments are q, k and v (flash_attn/flash_attn_interface.py).
-    """
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if "flash_attn" in func.namespace and len(args) >= 3:
-                callback(*args[:3])
-            return func(*args, **(kwargs or {}))
-
-    return Mode()  # type: ignore[no-untyped-call]  # the base class has no types
+def _check(
+    dtype: str | None,
+    attention: str,
+    autocast: str | None,
+    steps: tuple[str, ...],
+    size: str | None,
+    cache: str | None,
+) -> None:
+    for name, value, known in (
+        ("dtype", dtype, ("omitted", "auto", "bfloat16", "float16", "float32")),
+        ("attention", attention, ("flash_attention_2", "sdpa", "eager")),
+        ("autocast", autocast, ("bfloat16", "float16")),
+        ("size", size, ("full",)),
+        ("cache", cache, ("dynamic", "static")),
+    ):
+        if value is not None and value not in known:
+            raise PlanError(f"{name}={value!r} is not known: use one of {listed(known)}.")
+    if unknown := [step for step in steps if step not in STEPS]:
+        raise PlanError(f"after_load has {unknown[0]!r}: use steps from {listed(STEPS)}.")
+    if needy := [step for step in steps if step in NEED_WEIGHTS]:
+        raise PlanError(
+            f"after_load has {needy[0]!r}, which needs weights: do it to a model, and give that."
+        )

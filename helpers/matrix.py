@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from helpers import checkpoints
-from helpers.experiment import Outcome, Versions, needs_a_gpu
+from helpers.backend import Versions
+from helpers.experiment import Outcome, needs_a_gpu
 from helpers.files import declared_dtype, file_dtypes
-from helpers.gate import Dtypes, GateRecord
 from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, LoadPlan, snippet
+from helpers.probe import Dtypes, GateRecord
 
 LOADS: dict[str, dict[str, Any]] = {
     **{dtype: {"dtype": dtype} for dtype in DTYPES},

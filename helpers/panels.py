@@ -12,9 +12,11 @@ from typing import Any
 import ipywidgets as widgets
 
 from helpers import checkpoints, recorded, view
+from helpers.backend import versions
 from helpers.errors import PlanError
-from helpers.experiment import Outcome, run, versions
+from helpers.experiment import Outcome, run
 from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, LoadPlan
+from helpers.style import STYLE_TAG
 
 SCRIPT = (Path(__file__).parent / "data" / "panel.js").read_text("utf-8")
 INSTALLED = versions()["transformers"]
@@ -138,7 +140,7 @@ def _dropdown(label: str, values: Iterable[Any], value: Any) -> widgets.Dropdown
 
 def _page_parts() -> widgets.Output:
     """Style and script, which a page runs from an output and not from an HTML widget."""
-    html = f"{view.STYLE_TAG}<script>{SCRIPT}</script>"
+    html = f"{STYLE_TAG}<script>{SCRIPT}</script>"
     output = {"output_type": "display_data", "data": {"text/html": html}, "metadata": {}}
     parts = widgets.Output(outputs=(output,))
     parts.add_class("dg-parts")

@@ -6,13 +6,17 @@ import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from helpers import checkpoints
+from helpers import checkpoints, subjects
 from helpers.errors import PlanError
-from helpers.files import dtype_name
+from helpers.files import dtype_name, listed
 from helpers.steps import ADD_ADAPTER, STEPS
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+NAMES = (*checkpoints.available(), *subjects.known())
 HALF = ("bfloat16", "float16")
 DTYPES = ("omitted", "auto", *HALF, "float32")
 DEFAULT_DTYPES = (None, *HALF, "float32")
@@ -27,7 +31,9 @@ class LoadPlan:
     """What to load, and how.
 
     Attributes:
-        checkpoint: a name from ``checkpoints.available()``, a folder, or a hub id.
+        checkpoint: a name from ``checkpoints.available()`` or ``subjects.known()``, a folder, a hub
+            id, or a config. Where its weights are not on this machine, the run is one of tensors
+            without data.
         dtype: the ``dtype=`` argument of ``from_pretrained``; ``"omitted"`` leaves it out.
         default_dtype: what ``torch.set_default_dtype`` is set to around the load, or None.
         attention: the ``attn_implementation=`` argument.
@@ -41,7 +47,7 @@ class LoadPlan:
     A ``torch.dtype`` may stand wherever the name of one may.
     """
 
-    checkpoint: str | os.PathLike[str] = "bf16"
+    checkpoint: "str | os.PathLike[str] | PretrainedConfig" = "bf16"
     dtype: str = "omitted"
     default_dtype: str | None = None
     attention: str = "flash_attention_2"
@@ -56,11 +62,19 @@ class LoadPlan:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, dtype_name(value))
         # from_pretrained knows no "~"; a Path would turn the slash of a hub id on Windows.
-        object.__setattr__(self, "checkpoint", os.path.expanduser(self.checkpoint))  # noqa: PTH111
+        if isinstance(self.checkpoint, (str, os.PathLike)):
+            path = os.path.expanduser(self.checkpoint)  # noqa: PTH111
+            object.__setattr__(self, "checkpoint", path)
         if self.adapter is not None:
             object.__setattr__(self, "adapter", os.path.expanduser(self.adapter))  # noqa: PTH111
         steps: Any = self.after_load
         object.__setattr__(self, "after_load", (steps,) if isinstance(steps, str) else tuple(steps))
+
+    @property
+    def name(self) -> str:
+        """The checkpoint as a line or a table shows it."""
+        given = self.checkpoint
+        return str(given) if isinstance(given, (str, os.PathLike)) else type(given).__name__
 
     @property
     def uses_autocast(self) -> bool:
@@ -103,8 +117,8 @@ def snippet(plan: LoadPlan, transformers_version: str | None = None) -> str:
 
     ``dtype=`` is the name from 4.56 on, ``torch_dtype=`` before (huggingface/transformers#39782).
     """
-    own = str(plan.checkpoint) not in checkpoints.available()
-    path = _quoted(str(plan.checkpoint) if own else "path/to/your-model")
+    own = isinstance(plan.checkpoint, (str, os.PathLike)) and plan.name not in NAMES
+    path = _quoted(plan.name if own else "path/to/your-model")
     numbers = re.findall(r"\d+", transformers_version or _installed())
     release = tuple(map(int, numbers[:2]))
     keyword = plan.keyword if release >= (4, 56) else "torch_dtype"
@@ -150,8 +164,3 @@ def _installed() -> str:
 def _quoted(text: str) -> str:
     """A Python string literal in double quotes; JSON's are a subset of Python's."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def listed(values: Any) -> str:
-    """Values as a person reads a choice: quoted, with commas."""
-    return ", ".join(map(repr, values))

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from helpers import checkpoints, matrix
+from helpers.backend import Versions
 from helpers.errors import PlanError
-from helpers.experiment import Outcome, Versions
+from helpers.experiment import Outcome
+from helpers.files import listed
 from helpers.matrix import LOADS, THENS, Cell, Row, to_outcome
-from helpers.plan import ATTENTION, DTYPES, LoadPlan, listed
+from helpers.plan import ATTENTION, DTYPES, LoadPlan
 from helpers.stories import Event
 from helpers.view import SYMBOL, Table, verdict
 

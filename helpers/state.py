@@ -39,13 +39,13 @@ def default_dtype(name: str | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-_one_at_a_time = threading.RLock()  # what follows belongs to the process
+one_at_a_time = threading.RLock()  # held where something changes that belongs to the process
 
 
 @contextlib.contextmanager
 def environment_as_before() -> Iterator[None]:
     """Afterwards the environment is as it was; no other thread is inside meanwhile."""
-    with _one_at_a_time:
+    with one_at_a_time:
         before = dict(os.environ)
         try:
             yield

@@ -26,15 +26,26 @@ class Step:
 
 
 def _add_lora(model: Any, _: Context) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))
+    return get_peft_model(model, _adapter_for(model))
 
 
 def _add_dora(model: Any, _: Context) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True))
+    return get_peft_model(model, _adapter_for(model, use_dora=True))
+
+
+def _adapter_for(model: Any, **options: Any) -> Any:
+    """A LoRA of rank 4 where peft puts one by default; on every Linear of a model type that peft
+    has no default for."""
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    targets = None if model.config.model_type in DEFAULTS else "all-linear"
+    task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
+    return LoraConfig(task_type=task, target_modules=targets, r=4, **options)
 
 
 def _merge(model: Any, _: Context) -> Any:
@@ -61,7 +72,8 @@ def _prepare_kbit(model: Any, _: Context) -> Any:
 
 def _norms_float(model: Any, _: Context) -> Any:
     for name, module in model.named_modules():
-        if "norm" in name:
+        # GPT-2's are called ln_1.
+        if "norm" in name or type(module).__name__.endswith("Norm"):
             module.float()
     return model
 
@@ -123,7 +135,7 @@ STEPS = {
         _norms_float,
         (
             "for name, module in model.named_modules():",
-            '    if "norm" in name:',
+            '    if "norm" in name or type(module).__name__.endswith("Norm"):',
             "        module.float()",
         ),
         "cast every norm to float32",
@@ -138,3 +150,4 @@ STEPS = {
     ),
 }
 ADD_ADAPTER = ("lora", "dora")
+NEED_WEIGHTS = ("train", "merge", "reload")

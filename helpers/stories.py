@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers import backend, checkpoints, state, training
-from helpers.experiment import answer, parameter_dtypes
+from helpers.experiment import answer
 from helpers.files import dtype_name
-from helpers.gate import watch
+from helpers.probe import parameter_dtypes, watch
 
 LEARNED = "says what it learned"
 

@@ -89,7 +89,7 @@ def train(
     Random numbers, environment, the state of accelerate, the modules' training flags and the
     model's config (the Trainer of Transformers 5 sets ``use_cache`` to False) are afterwards as
     they were, also where the training raises or is interrupted. Under Transformers 4 on a CPU the
-    rescue cast takes no part in autocast outside of ``helpers.gate.watch``.
+    rescue cast takes no part in autocast outside of ``helpers.probe.watch``.
 
     Args:
         progress: True for a ``progress_bar``, or a TrainerCallback.

@@ -7,19 +7,16 @@ from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from helpers import river
 from helpers.errors import CheckpointError, PlanError
 from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
+from helpers.style import STYLE_TAG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-STYLE = (Path(__file__).parent / "data" / "panel.css").read_text("utf-8")
-# A page that does not trust the notebook yet drops it, so everything has to read well without.
-STYLE_TAG = f"<style>{STYLE}</style>"
 
 State = Literal["good", "bad", "warn", "idle"]
 SYMBOL: dict[State, str] = {"good": "✔", "bad": "✖", "warn": "⚠", "idle": "·"}
@@ -125,7 +122,7 @@ def outcomes_table(caption: str, outcomes: Iterable[Outcome]) -> Table:
         ("Checkpoint", "Settings", "File", "Loaded", "Gate", "Result", "Distance from float32"),
         [
             (
-                outcome.plan.checkpoint,
+                outcome.plan.name,
                 knobs_text(outcome.plan),
                 *(station.dtype for station in stations(outcome)[:2]),
                 stations(outcome)[-1].dtype,
@@ -141,6 +138,9 @@ def verdict(outcome: Outcome) -> Verdict:
     """Whether it worked, in a sentence. A run with NaN or inf in its logits did not."""
     if not outcome.ok:
         return Verdict("bad", "Fails", f"{outcome.error_type}: {outcome.error}")
+    if outcome.xray is not None and outcome.weightless:
+        words = outcome.xray.verdict.removeprefix("passes: ")
+        return Verdict("good", "Passes", f"{words}; without weights there is no text.")
     if not outcome.finite:
         return Verdict(
             "warn",
@@ -222,8 +222,10 @@ def settings(outcome: Outcome) -> str:
 
 
 def outcome_html(outcome: Outcome) -> str:
-    """Verdict, road, answer, log lines and snippet."""
+    """Verdict, road, river, answer, log lines and snippet."""
     parts = [_verdict_html(verdict(outcome)), _road_html(stations(outcome))]
+    if outcome.xray is not None:
+        parts.append(river.html(outcome.xray))
     if outcome.text is not None:
         parts.append(
             f"<p>The model was asked <q>{escape(outcome.plan.question)}</q> and says:</p>"
@@ -262,6 +264,11 @@ def measured_with(outcome: Outcome) -> str:
             " With the flash_attn package it also warns of the dtype at load, and the config does"
             " not name a kernel of the hub."
         )
+    if outcome.weightless:
+        notes = (
+            " The weights are not on this machine: the forward pass ran at the model's own size on"
+            f" tensors that have a shape and a dtype and no data.{notes}"
+        )
     if outcome.recorded:
         return (
             f"Recorded with {outcome.versions}, nothing ran now; flash_attention_2 was"
@@ -278,7 +285,7 @@ def history_html(outcomes: Sequence[Outcome]) -> str:
     rows = [
         (
             number,
-            outcome.plan.checkpoint,
+            outcome.plan.name,
             settings(outcome),
             f"{SYMBOL[verdict(outcome).state]} {verdict(outcome).word}",
             stations(outcome)[-1].dtype,
@@ -348,7 +355,7 @@ def _pre_html(label: str, text: str) -> str:
 def _snippet_html(outcome: Outcome) -> str:
     """The button stays hidden until panel.js is there to serve it. JupyterLab would take a bare
     ``hidden`` away while it does not trust the notebook."""
-    works = outcome.ok and outcome.finite
+    works = verdict(outcome).state == "good"
     label = "for a machine with FlashAttention" if works else "which goes wrong in the same way"
     return (
         f'<div class="dg-snippet"><div class="dg-bar"><span>The same as a script, {label}</span>'
@@ -369,6 +376,8 @@ def _counted(dtypes: dict[str, int]) -> str:
 
 
 def _file(outcome: Outcome) -> str:
+    if outcome.weightless:
+        return f"no weights here, config.json says {outcome.declared_dtype or 'nothing'}"
     tensors = _counted(outcome.file_dtypes) or "no safetensors to read"
     if not outcome.file_dtypes or outcome.declared_dtype in outcome.file_dtypes:
         return tensors

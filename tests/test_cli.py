@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import cli, experiment, machine
+from helpers import backend, cli, experiment, machine
 from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
 from helpers.steps import STEPS
@@ -69,11 +69,52 @@ def test_every_field_of_a_plan_can_be_said(monkeypatch, capsys):
     assert LoadPlan(**json.loads(capsys.readouterr().out)["plan"]) == plans[0]
 
 
+def xray(*arguments):
+    return cli.main(["xray", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("Qwen2-0.5B",), 0, "✔ passes: FlashAttention got bfloat16 in 24 attention calls"),
+        (("Qwen1.5-72B", "--dtype", "float32"), 1, f"✖ fails: RuntimeError: {REFUSED}"),
+        (("bf16", "--norms", "float32"), 1, "got Float and BFloat16"),
+        (("bf16", "--dtype", "float32", "--autocast", "float16"), 0, "after the rescue cast"),
+        (("bf16", "--lora", "--decode"), 0, "PeftModelForCausalLM, bfloat16, lora"),
+    ],
+)
+def test_the_status_of_an_xray_is_its_verdict(capsys, arguments, status, said):
+    assert xray(*arguments) == status
+    printed = capsys.readouterr()
+    assert said in printed.out
+    assert printed.err == ""
+    assert max(map(len, printed.out.splitlines())) <= 100
+
+
+def test_an_xray_that_could_not_be_told_is_2(capsys, tmp_path):
+    assert xray(str(tmp_path)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "has no config.json" in printed.err
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    assert xray(str(tmp_path)) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+
+
+def test_an_xray_as_json(capsys):
+    assert xray("bf16", "--norms", "float32", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert found["first_float32"]["name"] == "model.layers.0.input_layernorm.weight"
+    assert found["river"]
+
+
 def test_json_is_the_outcome(capsys):
     assert run("--checkpoint", "fp32", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["error_type"], found["error"]) == ("RuntimeError", REFUSED)
-    assert found["versions"] == experiment.versions()
+    assert found["versions"] == backend.versions()
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])

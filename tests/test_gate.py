@@ -1,188 +1,459 @@
-"""The dtypes at the gate, against what the model was made of."""
+"""The X-ray: what it says of models, against the same models without it."""
+
+import copy
+import json
+import threading
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from helpers import backend, checkpoints
-from helpers.backend import Backend
-from helpers.gate import Dtypes, GateRecord, native_calls, watch
+from helpers import checkpoints, subjects
+from helpers.errors import PlanError
+from helpers.gate import xray
 from helpers.reference_kernel import attention as reference
 
-LAYERS = [f"model.layers.{i}.self_attn" for i in range(3)]
-IDS = torch.tensor([[5, 6, 7, 8]])
-BF16, FP16, FP32 = (Dtypes(*[name] * 3) for name in ("bfloat16", "float16", "float32"))
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+REFUSED = "FlashAttention only support fp16 and bf16 data type"
+MIXED = "mat1 and mat2 must have the same dtype, but got Float and BFloat16"
+FIRST = "model.layers.0.self_attn"
 
 pytestmark = pytest.mark.usefixtures("one_thread", "activated")
 
 
-def load(dtype=torch.bfloat16, attention="flash_attention_2"):
-    folder = checkpoints.get("fp16")  # with grouped-query attention: k and v differ from q in shape
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+def load(dtype=torch.bfloat16):
+    folder = checkpoints.get("bf16")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="flash_attention_2"
+    )
 
 
-def watched(model, error=None):
-    """The records of one forward, which raises ``error`` or nothing. Without the cache, which would
-    give v the dtype of k."""
-    before = dict(ALL_ATTENTION_FUNCTIONS), list(reference.watchers)
-    with torch.inference_mode(), watch(model) as records:
-        if error is None:
-            model(IDS, use_cache=False)
-        else:
-            with pytest.raises(RuntimeError, match=error):
-                model(IDS, use_cache=False)
-    assert (dict(ALL_ATTENTION_FUNCTIONS), reference.watchers) == before
-    return records
+class UpcastingNorm(torch.nn.Module):
+    """A q norm of one's own, without the cast back."""
+
+    def __init__(self, inside, size):
+        super().__init__()
+        self.inside = inside
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        x = self.inside(x).float()
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
-def upcast(model, *projections):
-    """Turn the output of some projections of every layer into float32, as a wrapper may do."""
-    for layer in model.model.layers:
-        for name in projections:
-            projection = getattr(layer.self_attn, name)
-            projection.register_forward_hook(lambda _module, _args, out: out.float())
+def with_norms_in_float32():
+    model = load()
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.float()
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_arrives_as_it_is(dtype):
-    stated = Dtypes.of(dtype, dtype, dtype)
-    assert watched(load(dtype)) == [GateRecord(layer, stated, stated, True) for layer in LAYERS]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_without_flash_attention_nobody_asks(attention, dtype):
-    records = watched(load(dtype, attention))
-    assert records == [GateRecord(layer, Dtypes.of(dtype, dtype, dtype)) for layer in LAYERS]
-    assert [record.accepted for record in records] == [None] * 3
-
-
-def test_float32_is_refused_at_the_first_layer():
-    records = watched(load(torch.float32), "FlashAttention only support fp16 and bf16 data type")
-    assert records == [GateRecord(LAYERS[0], FP32, FP32, False)]
-    assert records[0].accepted is False
-
-
-def test_autocast_rescues_float32():
-    with torch.autocast("cpu", dtype=torch.float16):
-        records = watched(load(torch.float32))
-    assert [record.kernel for record in records] == [FP16] * 3
-    assert all(record.accepted for record in records)
-
-
-def test_the_rescue_casts_float32_to_the_dtype_of_the_weights():
-    model = upcast(load(), "q_proj", "k_proj", "v_proj")
-    assert watched(model) == [GateRecord(layer, FP32, BF16, True) for layer in LAYERS]
-
-
-def test_mixed_dtypes_are_told_apart_and_refused():
-    mixed = Dtypes("bfloat16", "float32", "bfloat16")
-    records = watched(upcast(load(), "k_proj"), "query and key must have the same dtype")
-    assert records == [GateRecord(LAYERS[0], mixed, mixed, False)]
-    assert records[0].accepted is False
-    assert str(records[0].kernel) == "q bfloat16, k float32, v bfloat16"
-    # float32 in q alone: the rescue casts all three.
-    records = watched(upcast(load(), "q_proj"))
-    assert records[0].attention_input == Dtypes("float32", "bfloat16", "bfloat16")
-    assert records[0].kernel == BF16
-
-
-def test_layers_have_their_names_under_peft():
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(load(), LoraConfig(task_type="CAUSAL_LM", r=2))
-    modules = dict(model.named_modules())
-    records = watched(model)
-    assert [modules[record.layer].layer_idx for record in records] == [0, 1, 2]
-    assert {record.kernel for record in records} == {BF16}
-
-
-def test_only_the_first_call_of_a_layer_is_kept():
+def with_a_norm_on(*projections):
     model = load()
-    with torch.inference_mode(), watch(model) as records:
-        model(IDS)
-        upcast(model, "q_proj", "k_proj", "v_proj")
-        with torch.autocast("cpu", dtype=torch.float16):
-            model(IDS)
-    assert records == [GateRecord(layer, BF16, BF16, True) for layer in LAYERS]
+    for layer in model.model.layers:
+        for name in projections:
+            inside = getattr(layer.self_attn, name)
+            setattr(layer.self_attn, name, UpcastingNorm(inside, inside.out_features))
+    return model
 
 
-def test_watching_changes_no_logit():
-    for attention in ("flash_attention_2", "sdpa", "eager"):
-        model = load(attention=attention)
-        with torch.inference_mode():
-            plain = model(IDS).logits
-            with watch(model):
-                seen = model(IDS).logits
-        assert torch.equal(plain, seen)
+def with_lora(model):
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("attention", ["flash_attention_2", "sdpa", "eager"])
-def test_registry_is_restored_after_an_error(attention, error):
-    local = ALL_ATTENTION_FUNCTIONS._local_mapping
-    local["their own"] = len
-    before = dict(ALL_ATTENTION_FUNCTIONS), list(reference.watchers)
+def embeddings():
+    return {"inputs_embeds": torch.rand(2, 4, 128)}
+
+
+# Model, inputs, what it raises, and where the float32 came in: module, kind, and name or function.
+CASES = {
+    "float32 weights": (
+        lambda: load(torch.float32), None, REFUSED,
+        ("model.embed_tokens", "parameter", "model.embed_tokens.weight"),
+    ),
+    "LoRA on a float32 base": (
+        lambda: with_lora(load(torch.float32)), None, REFUSED,
+        (
+            "base_model.model.model.embed_tokens", "parameter",
+            "base_model.model.model.embed_tokens.weight",
+        ),
+    ),
+    "float32 norms": (
+        with_norms_in_float32, None, MIXED,
+        ("model.layers.0.input_layernorm", "parameter", "model.layers.0.input_layernorm.weight"),
+    ),
+    "k-bit preparation without quantization": (
+        lambda: prepare_model_for_kbit_training(load()), None, REFUSED,
+        ("model.embed_tokens", "parameter", "model.embed_tokens.weight"),
+    ),
+    "float32 inputs_embeds": (
+        load, embeddings(), MIXED,
+        ("model.layers.0.input_layernorm", "input", "inputs_embeds"),
+    ),
+    "q norm that upcasts": (
+        lambda: with_a_norm_on("q_proj"), None, None,
+        ("model.layers.0.self_attn.q_proj", "cast", None),
+    ),
+    "k norm that upcasts": (
+        lambda: with_a_norm_on("k_proj"), None, "query and key must have the same dtype",
+        ("model.layers.0.self_attn.k_proj", "cast", None),
+    ),
+    "bfloat16": (load, None, None, None),
+    "LoRA on a bfloat16 base": (lambda: with_lora(load()), None, None, None),
+}  # fmt: skip
+
+
+def raised_by(model, inputs):
+    """What the forward raises without anybody who watches."""
     try:
-        with pytest.raises(error), watch(load(attention=attention)):  # noqa: PT012
-            assert dict(ALL_ATTENTION_FUNCTIONS) != before[0]
-            raise error
-        assert (dict(ALL_ATTENTION_FUNCTIONS), reference.watchers) == before
-        # In place: whoever holds the mapping sees the same.
-        assert ALL_ATTENTION_FUNCTIONS._local_mapping is local
-        assert local == {"their own": len}
-    finally:
-        local.clear()
+        with torch.no_grad():
+            model(**(inputs or {"input_ids": IDS}), use_cache=False)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None, None
 
 
-@pytest.fixture(scope="module")
-def native_operator():
-    """An operator in flash-attn's namespace that checks nothing, for the CPU."""
-
-    @torch.library.custom_op("flash_attn::dtype_guide_test", mutates_args=(), device_types="cpu")
-    def operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        return q.clone()
-
-    return operator
-
-
-def test_native_operators_are_seen_and_nothing_else(native_operator):
-    q = torch.zeros(1, 2, 2, 8, dtype=torch.float16)
-    seen = []
-    with native_calls(lambda *qkv: seen.append(Dtypes.of(*qkv))), torch.inference_mode():
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        assert seen == []
-        out = native_operator(q, q.bfloat16(), q.float(), 1.0)
-    native_operator(q, q, q, 1.0)
-    assert seen == [Dtypes("float16", "bfloat16", "float32")]
-    assert torch.equal(out, q)
+@pytest.mark.parametrize("size", [None, "full"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_names_what_stops_a_model_and_where_float32_came_in(name, size):
+    make, inputs, error, origin = CASES[name]
+    model = make()
+    found = xray(model, inputs, size=size)
+    truth = raised_by(model, inputs)
+    assert (found.error_type, found.error) == truth == (error and "RuntimeError", error)
+    assert found.ok is (error is None)
+    assert found.weightless is (size == "full")
+    first = found.first_float32
+    assert (first and (first.module, first.kind, first.name)) == origin
+    if origin and not origin[2]:
+        assert first.line.endswith("x = self.inside(x).float()")
+        assert "test_gate.py" in first.line
+    if error:
+        assert error in found.verdict
+        assert ".py:" in found.at
 
 
-def test_gate_over_native_operators(native_operator, monkeypatch):
-    """As on a GPU: an attention function that casts, then calls an operator of flash-attn."""
-    monkeypatch.setattr(backend, "detect", lambda: Backend("flash_attn", "cuda", "a test"))
-
-    def attention(module, q, k, v, mask, **kwargs):
-        out = native_operator(q.half(), k.half(), v.bfloat16(), 1.0)
-        return out.transpose(1, 2).to(q.dtype), None
-
-    local = ALL_ATTENTION_FUNCTIONS._local_mapping
-    local["sdpa"] = attention
-    try:
-        records = watched(load(attention="sdpa"))
-        assert local == {"sdpa": attention}
-    finally:
-        local.clear()
-    at_kernel = Dtypes("float16", "float16", "bfloat16")
-    # The operator took the mixed dtypes and came back: that is what is recorded, not a rule.
-    assert records == [GateRecord(layer, BF16, at_kernel, True) for layer in LAYERS]
+def test_a_config_a_folder_and_a_live_model_say_the_same():
+    live = xray(load(torch.float32))
+    config = AutoConfig.from_pretrained(checkpoints.get("bf16"))
+    for other in (
+        xray(config, dtype="float32"),
+        xray(checkpoints.get("bf16"), dtype=torch.float32),
+        xray("bf16", dtype="float32"),
+        xray("fp32"),
+    ):
+        assert (other.ok, other.error, other.at) == (live.ok, live.error, live.at)
+        assert other.layers == live.layers
+        assert other.first_float32 == live.first_float32
+        assert other.weightless
 
 
-@given(*[st.sampled_from(["float16", "bfloat16", "float32", "float64"])] * 3)
-def test_dtypes_of_one_kind_are_said_once(q, k, v):
-    text = str(Dtypes(q, k, v))
-    assert text == (q if q == k == v else f"q {q}, k {k}, v {v}")
+def test_the_rescue_is_shown_with_its_reason():
+    found = xray(with_a_norm_on("q_proj"))
+    for layer in found.layers:
+        assert (layer.q, layer.k, layer.v) == ("float32", "bfloat16", "bfloat16")
+        assert (layer.after_rescue, layer.accepted) == ("bfloat16", True)
+        assert layer.rescue == "the first Linear is q_proj.inside, with a bfloat16 weight"
+    under = xray(load(torch.float32), autocast="float16")
+    assert under.layers[0].rescue == "autocast is on, to float16"
+    assert under.layers[0].after_rescue == "float16"
+    # Under autocast q is float16 after its projection; the rotary tables make it float32 again.
+    assert under.first_float32.module == "model.rotary_emb"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert xray(load(torch.float32)).layers[0].after_rescue == "bfloat16"
+
+
+def test_the_stations_of_a_layer():
+    found = xray(with_a_norm_on("q_proj", "k_proj"), cache="dynamic")
+    assert [(s.name, s.dtype) for s in found.layers[0].stations] == [
+        ("embedding", "bfloat16"),
+        ("norm", "bfloat16"),
+        ("projection", "bfloat16"),
+        ("q/k norm", "float32"),
+        ("rotary", "float32"),
+        ("cache", "float32"),  # a cache has one dtype, the one of the first keys: v becomes float32
+        ("attention input", "float32"),
+        ("gate", "bfloat16"),
+    ]
+    assert [layer.name for layer in found.layers] == [
+        f"model.layers.{i}.self_attn" for i in (0, 1, 2)
+    ]
+
+
+def test_harmless_float32_is_told_apart():
+    found = xray(load())
+    seen = {(one.what, one.modules, one.times) for one in found.harmless}
+    assert ("norm", "model.layers.0-2.input_layernorm", 3) in seen
+    assert {what for what, _, _ in seen} == {"norm", "rotary tables"}
+    lora = xray(with_lora(load()))
+    assert "LoRA" in {one.what for one in lora.harmless}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("what", [load, lambda: "bf16"], ids=["live", "config"])
+def test_caches_and_decoding(what, cache, decode):
+    found = xray(what(), cache=cache, decode=decode)
+    assert found.ok
+    assert "cache: bfloat16" in map(str, found.layers[0].stations)
+    lengths = {o.inputs for o in found.operations if o.name == "aten.embedding.default"}
+    assert lengths == {("bfloat16", "int64")}
+
+
+def test_padding_inputs_embeds_and_batches_of_one():
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for inputs in (
+        {"input_ids": IDS, "attention_mask": mask},
+        {"inputs_embeds": torch.rand(2, 4, 128, dtype=torch.bfloat16)},
+        IDS[:1],
+    ):
+        for size in (None, "full"):
+            found = xray(load(), inputs, size=size)
+            assert found.ok, found
+            assert [layer.after_rescue for layer in found.layers] == ["bfloat16"] * 3
+
+
+class Count(TorchDispatchMode):
+    """PyTorch's own way to see operations and modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.tracker = ModuleTracker()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        deepest = max(self.tracker.parents, key=lambda path: path.count("."))
+        self.seen.append((deepest.partition(".")[2], str(func)))
+        return result
+
+
+def test_every_operation_is_recorded_with_its_module():
+    model = load()
+    count = Count()
+    with torch.no_grad(), count.tracker, count:
+        model(input_ids=IDS, use_cache=False)
+    found = xray(model, IDS)
+    seen = [(o.module, o.name) for o in found.operations]
+    assert [name for _, name in seen] == [name for _, name in count.seen]
+    # The tracker calls the model itself by its class.
+    assert [path for path, _ in seen] == [
+        path if path != "Global" else "" for path, _ in count.seen
+    ]
+
+
+def state_of(model):
+    return {
+        "mode": [m.training for m in model.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "attention": model.config._attn_implementation,
+        "registry": (dict(ALL_ATTENTION_FUNCTIONS), dict(AttentionInterface._global_mapping)),
+        "watchers": list(reference.watchers),
+        "modes": torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+    }
+
+
+def tensors_of(model):
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {**model.state_dict(), **gradients, "random": torch.get_rng_state()}
+
+
+class Norm(torch.nn.Module):
+    """Batch norm: a forward in training mode changes its buffers."""
+
+    def __init__(self, inside, size):
+        super().__init__()
+        self.inside, self.batch = inside, torch.nn.BatchNorm1d(size, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.batch(self.inside(x).transpose(1, 2)).transpose(1, 2)
+
+
+def in_training():
+    model = load().train()
+    model.model.norm = Norm(model.model.norm, 128)
+    model.config.attention_dropout = 0.5
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return model
+
+
+def fail(_module, _args):
+    raise ValueError("inside")
+
+
+def interrupt(_module, _args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("size", [None, "full"])
+@pytest.mark.parametrize("hook", [None, fail, interrupt])
+def test_a_model_in_training_is_left_as_it_was(hook, size):
+    model = in_training()
+    model.gradient_checkpointing_enable()
+    if hook is not None:
+        model.model.layers[1].mlp.register_forward_pre_hook(hook)
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    before, tensors = state_of(model), copy.deepcopy(tensors_of(model))
+    if hook is interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            xray(model, IDS, size=size)
+    else:
+        found = xray(model, IDS, size=size)
+        assert found.ok is (hook is None)
+        assert found.error == (hook and "inside")
+    assert state_of(model) == before
+    for name, tensor in tensors_of(model).items():
+        assert torch.equal(tensor, tensors[name]), name
+    assert model(input_ids=IDS[:, :2]).logits is not None if hook is None else True
+
+
+def test_two_threads_do_not_see_each_other():
+    models = {"bf16": load(), "fp32": load(torch.float32)}
+    found, plain = {name: [] for name in models}, []
+    start = threading.Barrier(3)
+
+    def look(name):
+        start.wait()
+        for _ in range(4):
+            found[name].append(xray(models[name], IDS))
+
+    def run():
+        start.wait()
+        for _ in range(8):
+            with torch.no_grad():
+                plain.append(models["bf16"](input_ids=IDS, use_cache=False).logits)
+
+    threads = [threading.Thread(target=look, args=(name,)) for name in models]
+    threads.append(threading.Thread(target=run))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = {name: xray(model, IDS) for name, model in models.items()}
+    for name, several in found.items():
+        assert len(several) == 4
+        for one in several:
+            assert one.layers == alone[name].layers
+            assert len(one.operations) == len(alone[name].operations)
+            assert one.first_float32 == alone[name].first_float32
+    assert len(plain) == 8
+
+
+class OwnKernel(torch.nn.Module):
+    """Attention as remote code may do it: past the interface, straight into the kernel."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.qkv, self.kernel = torch.nn.Linear(8, 24, dtype=torch.bfloat16), kernel
+
+    def forward(self, x, upcast=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 8)).unbind(2)
+        return self.kernel(q.float() if upcast else q, k, v)
+
+
+def test_a_kernel_that_is_called_past_the_interface_is_watched():
+    model = OwnKernel(reference.flash_attn_func)
+    inputs = {"x": torch.rand(2, 4, 8, dtype=torch.bfloat16)}
+    found = xray(model, inputs)
+    assert [layer.name for layer in found.layers] == ["flash_attn_func 0"]
+    assert found.layers[0].after_rescue == "bfloat16"
+    refused = xray(model, {**inputs, "upcast": True})
+    assert (refused.ok, refused.error) == (False, REFUSED)
+    assert refused.first_float32.kind == "cast"
+
+
+def test_a_model_without_an_attention_interface_is_called_so():
+    model = OwnKernel(lambda q, k, v: q + k + v)
+    found = xray(model, {"x": torch.rand(2, 4, 8, dtype=torch.bfloat16)})
+    assert found.ok
+    assert "no attention call was seen" in found.verdict
+    assert "no attention interface" in found.verdict
+
+
+class DependsOnData(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x if self.inside(x).sum().item() > 0 else -x
+
+
+def test_a_forward_that_reads_numbers_cannot_be_told_without_them():
+    inputs = {"x": torch.rand(2, 8)}
+    assert xray(DependsOnData(), inputs).ok
+    found = xray(DependsOnData(), inputs, size="full")
+    assert found.ok is None
+    assert "aten._local_scalar_dense" in found.verdict
+    assert "could not tell" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "parts"),
+    [
+        ("Qwen9-1T", {}, ["'Qwen9-1T' is not a checkpoint", "Qwen1.5-72B", "hub id"]),
+        ("bf16", {"dtype": "int8"}, ["dtype='int8'", "'bfloat16'"]),
+        ("bf16", {"attention": "flash"}, ["attention='flash'", "'flash_attention_2'"]),
+        ("bf16", {"autocast": "float32"}, ["autocast='float32'", "'float16'"]),
+        ("bf16", {"size": "half"}, ["size='half'", "'full'"]),
+        ("bf16", {"cache": "paged"}, ["cache='paged'", "'static'"]),
+        ("bf16", {"after_load": "fly"}, ["'fly'", "'norms_float'"]),
+        ("bf16", {"after_load": ["train"]}, ["'train'", "weights"]),
+        (42, {}, ["42", "expected"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(what, options, parts):
+    with pytest.raises(PlanError) as caught:
+        xray(what, **options)
+    sentence = str(caught.value)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_live_model_has_its_dtypes_already():
+    for options in ({"dtype": "float32"}, {"after_load": "lora"}, {"attention": "sdpa"}):
+        with pytest.raises(PlanError, match="A live model has its dtypes"):
+            xray(load(), **options)
+
+
+def test_code_of_a_checkpoint_needs_leave(tmp_path):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(PlanError, match="trust_remote_code=True"):
+        xray(tmp_path)
+    known = Qwen2Config(auto_map={"AutoModelForCausalLM": "own.Model"})
+    with pytest.raises(PlanError, match="trust_remote_code=True"):
+        xray(known)
+
+
+def test_every_shipped_config_has_its_source_and_its_size():
+    data = json.loads(subjects.QWEN.read_text("utf-8"))["models"]
+    assert {"Qwen1.5-0.5B", "Qwen1.5-72B", "Qwen1.5-110B", "Qwen2-7B"} <= data.keys()
+    for name in ("Qwen1.5-0.5B", "Qwen2-7B", "Qwen1.5-72B"):
+        found = xray(name)
+        assert found.ok
+        assert set(found.parameters) == {"bfloat16"}
+    for name, entry in data.items():
+        assert entry["source"].startswith("https://"), name
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**entry["config"]))
+        assert sum(p.numel() for p in model.parameters()) == entry["parameters"], name
+
+
+def test_json_is_for_programs():
+    found = xray("bf16", dtype="float32")
+    data = json.loads(found.to_json())
+    assert data["ok"] is False
+    assert data["first_float32"]["name"] == "model.embed_tokens.weight"
+    assert data["layers"][0]["name"] == FIRST
+    assert data["layers"][0]["stations"][0] == {"name": "embedding", "dtype": "float32"}
+    assert data["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert data["backend"] == "reference"

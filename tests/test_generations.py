@@ -24,9 +24,11 @@ import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from helpers import checkpoints, machine, recorded, state, stories, view  # noqa: E402
-from helpers.experiment import parameter_dtypes, run, versions  # noqa: E402
+from helpers.backend import versions  # noqa: E402
+from helpers.experiment import run  # noqa: E402
 from helpers.matrix import LOADS, Cell, to_row  # noqa: E402
 from helpers.plan import LoadPlan, snippet  # noqa: E402
+from helpers.probe import parameter_dtypes  # noqa: E402
 
 OLD = transformers.__version__.startswith("4.")
 GENERATION = "4" if OLD else "5"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import LoadPlan, backend, checkpoints, run
-from helpers.gate import Dtypes
+from helpers.probe import Dtypes
 
 NEEDS = "needs a CUDA GPU, shown by `pytest -m gpu`, and the flash_attn package (extra [gpu])"
 

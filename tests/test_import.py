@@ -11,7 +11,7 @@ import json, sys
 before = set(sys.modules)
 import helpers
 only_helpers = {name for name in set(sys.modules) - before if name.startswith("helpers")}
-from helpers import backend, checkpoints, experiment, gate, machine, state, view
+from helpers import backend, checkpoints, experiment, gate, machine, probe, state, view
 from helpers import LoadPlan
 LoadPlan(dtype="auto").check()
 heavy = {"torch", "transformers", "peft", "kernels", "ipywidgets"} & set(sys.modules)

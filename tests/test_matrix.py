@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import matrix as tool
 
 from helpers import backend, checkpoints, experiment, matrix, panels, recorded, view
-from helpers.gate import Dtypes, GateRecord
 from helpers.matrix import LOADS, THENS, Cell, cells, to_outcome, to_row
 from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, LoadPlan
+from helpers.probe import Dtypes, GateRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 V4 = ROOT / ".venv-v4" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -255,14 +255,14 @@ def test_other_releases_than_the_recorded_ones_are_said():
     record = RECORDS[1]
     have = record.versions
     for name, other in (("torch", "2.13.1"), ("peft", "0.21.3"), ("transformers", "5.22.3")):
-        now = record._replace(versions=experiment.Versions({**have, name: other}))
+        now = record._replace(versions=backend.Versions({**have, name: other}))
         assert list(tool.differences(record, now)) == [
             f"versions: {name}: {have[name]!r} -> {other!r}"
         ]
-    now = record._replace(versions=experiment.Versions({**have, "kernels": "0.18.2"}))
+    now = record._replace(versions=backend.Versions({**have, "kernels": "0.18.2"}))
     assert list(tool.differences(record, now)) == ["versions: kernels: '0.17' -> '0.18'"]
     alike = {"python": "3.13.9", "kernels": "0.17.99", "flash-attn": "2.8.3"}
-    now = record._replace(versions=experiment.Versions({**have, **alike}))
+    now = record._replace(versions=backend.Versions({**have, **alike}))
     assert list(tool.differences(record, now)) == []
 
 
@@ -279,14 +279,14 @@ def test_python_310_may_have_the_transformers_that_pyproject_gives_it_and_no_oth
         ("3.10.14", "5.20.1", 1),
     ):
         have = {**record.versions, "python": python, "transformers": release}
-        now = record._replace(versions=experiment.Versions(have))
+        now = record._replace(versions=backend.Versions(have))
         lines = list(tool.differences(record, now))
         assert [line.startswith("versions: transformers: ") for line in lines] == [True] * said
 
 
 @pytest.mark.parametrize(("cores", "jobs"), [(2, 2), (128, 8), (None, 1)])
 def test_a_large_machine_is_not_filled_with_torch(monkeypatch, cores, jobs):
-    record = recorded.read(recorded.generation_of(experiment.versions()["transformers"]))
+    record = recorded.read(recorded.generation_of(backend.versions()["transformers"]))
     asked = []
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(sys, "argv", ["matrix.py", "--check"])

@@ -3,8 +3,9 @@
 import pytest
 
 from helpers import panels, recorded
+from helpers.backend import versions
 from helpers.errors import CheckpointError, PlanError
-from helpers.experiment import Outcome, versions
+from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
 
 PLANS = [

@@ -31,9 +31,9 @@ def is_busy():
     """Whether another thread would have to wait."""
 
     def try_it():
-        free = state._one_at_a_time.acquire(blocking=False)
+        free = state.one_at_a_time.acquire(blocking=False)
         if free:
-            state._one_at_a_time.release()
+            state.one_at_a_time.release()
         return not free
 
     with ThreadPoolExecutor(1) as pool:

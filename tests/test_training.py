@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from helpers import checkpoints, training
 from helpers.errors import CheckpointError, PlanError
-from helpers.gate import watch
+from helpers.probe import watch
 
 if sys.version_info >= (3, 11):
     import tomllib

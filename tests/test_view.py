@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import view
+from helpers.backend import Versions
 from helpers.errors import CheckpointError, PlanError
-from helpers.experiment import Outcome, Versions
-from helpers.gate import Dtypes, GateRecord
+from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
+from helpers.probe import Dtypes, GateRecord
+from helpers.style import STYLE
 from helpers.view import SYMBOL, Station, Verdict
 
 BF16, FP16, FP32 = (Dtypes(*[name] * 3) for name in ("bfloat16", "float16", "float32"))
@@ -361,7 +363,7 @@ def test_table_holds_the_same_in_text_and_in_html():
     table = view.Table("Some numbers", ["n", "name"], rows)
     assert repr(table).splitlines() == ["Some numbers", "n   name", "1   one", "22  a long entry"]
     assert cells(table.html()) == [["n", "name"], ["1", "one"], ["22", "a long entry"]]
-    assert Reader(table._repr_html_()).text == view.STYLE + Reader(table.html()).text
+    assert Reader(table._repr_html_()).text == STYLE + Reader(table.html()).text
 
 
 def test_outcomes_table_has_a_row_for_each():

@@ -22,7 +22,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from helpers import backend, checkpoints, recorded, state
-from helpers.experiment import Outcome, Versions, load, run, versions
+from helpers.backend import Versions, versions
+from helpers.experiment import Outcome, load, run
 from helpers.matrix import Cell, cells, to_row
 from helpers.plan import LoadPlan
 from helpers.stories import STORIES, carry_out

@@ -18,12 +18,12 @@ from helpers.reference_kernel import checks
 
 
 class GateCall(NamedTuple):
-    """The dtypes with which q, k and v arrive at the function `entry`, before any check."""
+    """What arrives at the function `entry`, before any check."""
 
     entry: str
-    q: torch.dtype
-    k: torch.dtype
-    v: torch.dtype
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 # Each is called with the GateCall of every call, also of one that then fails a check.
@@ -310,6 +310,6 @@ def _split(x: Tensor, lengths: list[int], rows: int) -> list[Tensor]:
 
 def _tell_watchers(entry: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if watchers:
-        call = GateCall(entry, q.dtype, k.dtype, v.dtype)
+        call = GateCall(entry, q, k, v)
         for watch in watchers:
             watch(call)
