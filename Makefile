@@ -19,7 +19,7 @@ FIND_PYTHON = command -v "$(PYTHON)" >/dev/null || { \
 	"for example: make $@ PYTHON=/opt/python/bin/python3" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-v4 lab test lint bench notebooks matrix lock clean
+.PHONY: help setup setup-v4 lab test lint bench notebooks matrix atlas lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ notebooks: setup ## Execute every notebook again and store its outputs
 matrix: setup setup-v4 ## Run the table of loads on Transformers 5 and 4 and store what came out
 	$(RUN) tools/matrix.py
 	$(V4_PYTHON) tools/lab.py -- tools/matrix.py
+
+atlas: setup ## X-ray every architecture that supports FlashAttention-2 and store what came out
+	$(RUN) tools/atlas.py
 
 lock: ## Write constraints.txt and constraints-v4.txt anew
 	@$(FIND_PYTHON)

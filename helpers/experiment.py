@@ -274,7 +274,8 @@ def _measure(
         with torch.inference_mode(), _autocast(plan, here):
             try:
                 with traced(model, dict(inputs)) as trace:
-                    logits = model(**inputs).logits.float().cpu()
+                    logits = model(**inputs).logits
+                logits = logits.float().cpu()
             finally:
                 outcome = replace(outcome, xray=trace.xray)
                 seen["forward"] = list(trace.xray.gate)

@@ -336,9 +336,11 @@ def _meant(origin: Origin, kind: str) -> str:
         return "LoRA"
     if "softmax" in origin.operation:
         return "softmax"
+    if "cache_utils" in origin.line:
+        return "an empty cache"
     if "norm" in text:
         return "norm"
-    if "router" in text or "gate" in text or "topk" in text:
+    if "router" in text or "topk" in text or origin.module.endswith(".gate"):
         return "router"
     return {"parameter": "a float32 parameter", "input": "an input", "buffer": "a buffer"}.get(
         origin.kind, "other"

@@ -417,27 +417,30 @@ def _cut(words: str, length: int) -> str:
 # The picture
 
 
-def html(xray: "XRay") -> str:
-    """The picture, and the same as text for who cannot see it."""
+def html(xray: "XRay", headline: bool = True) -> str:
+    """The picture, and the same as text for who cannot see it; without the headline where the
+    verdict stands above."""
     # Of a notebook that it does not trust yet, JupyterLab shows no drawing but all of its words:
     # they have no size. And it takes a bare `hidden` away, so that the verdict is there.
     verdict = escape(_clean(f"{SYMBOL[xray.ok]} {xray.verdict}"))
+    untrusted = f"<p hidden>{verdict} (The picture shows once the cell has run.)</p>"
     return (
-        f'<div class="dg-outcome dg-river"><div style="font-size: 0px">{svg(xray)}</div>'
-        f"<p hidden>{verdict} (The picture shows once the cell has run.)</p>"
+        f'<div class="{"dg-outcome " if headline else ""}dg-river">'
+        f'<div style="font-size: 0px">{svg(xray, headline)}</div>{untrusted if headline else ""}'
         "<details><summary>The same as text</summary>"
         '<pre tabindex="0" role="group" aria-label="The dtype river as text">'
         f"<code>{escape(text(xray))}</code></pre></details></div>"
     )
 
 
-def svg(xray: "XRay") -> str:
+def svg(xray: "XRay", headline: bool = True) -> str:
     """The picture as an SVG element, in the colours and fonts of the page around it."""
     found, words = river(xray), text(xray)
     short = any(sum(_widths(row, False)) > WIDTH for row in found.rows)
     drawing = _Drawing(max([WIDTH, *(sum(_widths(row, short)) for row in found.rows)]), short)
-    drawing.say(f"{SYMBOL[found.ok]} {found.verdict}", size=16, bold=True, lines=3)
-    drawing.say(found.subject, size=13)
+    if headline:
+        drawing.say(f"{SYMBOL[found.ok]} {found.verdict}", size=16, bold=True, lines=3)
+        drawing.say(found.subject, size=13)
     if found.at:
         drawing.say(f"at {found.at}", size=12, lines=2)
     for row in found.rows:

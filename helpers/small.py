@@ -69,9 +69,7 @@ def _words(parts: list[Any]) -> dict[int, int]:
     return {old: VOCABULARY - 100 + number for number, old in enumerate(sorted(large))}
 
 
-def _new(
-    part: Any, name: str, value: Any, by: int, words: dict[int, int], images: bool
-) -> Any:
+def _new(part: Any, name: str, value: Any, by: int, words: dict[int, int], images: bool) -> Any:
     if isinstance(value, bool) or value is None:
         return value
     if "token" in name and ("_id" in name or "_index" in name):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.files import dtype_name
 
 WIDE = frozenset({torch.float32, torch.float64})  # what FlashAttention takes for no operand
+CASTS = ("aten::_to_copy", "aten::to", "aten::type_as")  # the last two in inference mode
 PASSED_OVER = tuple(f"{Path(f).parent}" for f in (torch.__file__, __file__))  # not a model's lines
 
 Kind = Literal["parameter", "buffer", "input", "cast", "created"]
@@ -195,7 +196,7 @@ class Tracer:
                     if item.dtype in WIDE:
                         wide.append(item)
         outs: list[Any] = []
-        for item in result if type(result) in (tuple, list) else (result,):
+        for item in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(item, torch.Tensor):
                 outs.append(item.dtype)
                 if item.dtype in WIDE:
@@ -243,7 +244,7 @@ class Tracer:
         found = [self._found(func, tensor, frame) for tensor in operands]
         oldest = min(found, key=_order, default=None)
         if oldest is None:
-            kind: Kind = "cast" if "_to_copy" in func.__name__ else "created"
+            kind: Kind = "cast" if func._schema.name in CASTS else "created"
             oldest = self._new(func, kind, None, result, frame)
         self.joined.update((origin, oldest) for origin in found if origin is not oldest)
         self._born[_storage(result)] = oldest

@@ -225,7 +225,7 @@ def outcome_html(outcome: Outcome) -> str:
     """Verdict, road, river, answer, log lines and snippet."""
     parts = [_verdict_html(verdict(outcome)), _road_html(stations(outcome))]
     if outcome.xray is not None:
-        parts.append(river.html(outcome.xray))
+        parts.append(river.html(outcome.xray, headline=False))
     if outcome.text is not None:
         parts.append(
             f"<p>The model was asked <q>{escape(outcome.plan.question)}</q> and says:</p>"

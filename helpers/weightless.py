@@ -24,9 +24,9 @@ FACTORIES = frozenset(
     {"empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "normal"}
 )
 ASSUMED = (
-    "A choice among the largest values (topk, sort, argmax) takes the first ones, no value is inf or"
-    " NaN, and of tests of unknown numbers any() is False and all() is True; the dtypes do not depend"
-    " on it."
+    "A choice among the largest values (topk, sort, argmax) takes the first ones, no value is inf"
+    " or NaN, and of tests of unknown numbers any() is False and all() is True; the dtypes do not"
+    " depend on it."
 )
 ENOUGH = 2**22  # elements that an operation may have to be asked at its own shapes
 

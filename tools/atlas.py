@@ -1,0 +1,330 @@
+"""Run the atlas: X-ray every model type that supports FlashAttention-2, and check it for real.
+
+    python tools/atlas.py            run every cell and store what came out
+    python tools/atlas.py --check    run every cell, and fail where one is not as stored
+    python tools/atlas.py --check --types qwen2,gpt2    only these
+
+For each cell a small model of the same architecture with real weights does the same forward, and
+has to do what the X-ray of the full size says; each disagreement is printed, and the exit status
+is 1. Model types run in processes of their own: one that crashes or hangs takes no other with it.
+"""
+
+import argparse
+import inspect
+import multiprocessing
+import os
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from helpers import atlas, backend, gate, state, subjects
+from helpers.atlas import COLUMNS, FAILS, PASSES, UNKNOWN, Atlas, Cell
+from helpers.errors import PlanError
+from helpers.examples import example_inputs
+from helpers.small import small_config
+from helpers.steps import STEPS, Context
+
+FLASH = "flash_attention_2"
+MOST_JOBS = 8  # each holds torch
+SECONDS = 60  # for all that is done with a model type
+PATIENCE = 3  # seconds for one pass of a small model
+
+
+def main() -> None:
+    """Measure, then store or compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with what is stored")
+    parser.add_argument("--types", help="model types, with commas between; goes with --check")
+    jobs = min(os.cpu_count() or 1, MOST_JOBS)
+    parser.add_argument("--jobs", type=int, default=jobs, help="processes at a time")
+    arguments = parser.parse_args()
+    if arguments.types and not arguments.check:
+        parser.error("--types would store a part of the atlas: add --check")
+    started = time.perf_counter()
+    chosen = arguments.types.split(",") if arguments.types else model_types()
+    now = Atlas(dict(backend.versions()), measure(chosen, arguments.jobs))
+    differing = [cell for cell in now.cells if cell.small.startswith("differs")]
+    wrong = [f"{cell.model_type} | {cell.column}: {cell.small}" for cell in differing]
+    print(
+        f"Transformers {now.versions['transformers']}: {len(now.cells)} cells in"
+        f" {time.perf_counter() - started:.0f} s; {len(atlas.told(now))} of {len(chosen)} model"
+        f" types told; {sum(cell.small == 'agrees' for cell in now.cells)} cells ran small and"
+        f" agree, {len(wrong)} differ"
+    )
+    if arguments.check:
+        stored = [cell for cell in atlas.read().cells if cell.model_type in chosen]
+        wrong += atlas.differences(stored, now.cells)
+    else:
+        atlas.write(now)
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+def model_types() -> list[str]:
+    """The model types of Transformers of which a class supports FlashAttention-2."""
+    from transformers import CONFIG_MAPPING
+
+    return [name for name in sorted(CONFIG_MAPPING) if model_class(name) is not None]
+
+
+def model_class(model_type: str) -> Any:
+    """The class that ``subjects.model_class`` picks if it supports FlashAttention-2, else the
+    first of Transformers' mappings that does; None without one."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
+
+    kind = CONFIG_MAPPING[model_type]
+    names = [name for name in vars(modeling_auto) if name.endswith("_MAPPING")]
+    found = []
+    try:
+        found.append(subjects.model_class(kind()))
+    except Exception:  # its default config contradicts itself, or there is no such class
+        names = [*subjects.MAPPINGS, *names]
+    for name in names:
+        mapping = getattr(modeling_auto, name)
+        try:
+            some = mapping.get(kind, ())
+        except ValueError:  # the mapping names a class that does not exist
+            continue
+        found += some if isinstance(some, (tuple, list)) else [some]
+    return next((x for x in found if x._supports_flash_attn and _is_for(x, kind)), None)
+
+
+def _is_for(model: Any, kind: type) -> bool:
+    return issubclass(kind, model.config_class or kind)
+
+
+def default_config(model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]()
+    config.architectures = [model_class(model_type).__name__]
+    return config
+
+
+def examine(model_type: str) -> Iterator[Cell]:
+    """The six cells of a model type, then the same cells with what the small model did."""
+    looked: list[Cell] = []
+    how, words = _inputs(model_type)
+    for column in COLUMNS:
+        cell = full_size(model_type, column, how, words)
+        yield cell
+        looked.append(cell)
+    small = Small(model_type, text_alone=how.inputs is not None)
+    for cell in looked:
+        if cell.verdict != UNKNOWN:
+            yield cell._replace(small=small.compare(cell))
+
+
+def _inputs(model_type: str) -> tuple[Any, str]:
+    """How the forward is called, and with what in words: as ``example_inputs`` says, or with text
+    alone, where the default config does not fit the pictures or sounds that come with it."""
+    from helpers.weightless import Weightless
+
+    names = ""
+    try:
+        with Weightless():
+            model = subjects.build(default_config(model_type), "bfloat16", FLASH)
+            given = example_inputs(model)
+            alone = example_inputs(model, text_alone=True)
+            names = ", ".join(given)
+            if set(alone) == set(given) or any(x.dtype.is_floating_point for x in alone.values()):
+                return gate.How(), names
+        config = default_config(model_type)
+        subject = subjects.Subject(model_type, config, None)
+        if gate.of_config(subject, gate.How(), "bfloat16", FLASH, ()).ok is None:
+            return gate.How(inputs=alone), ", ".join(alone)
+    except Exception:  # full_size meets it again, and says so
+        pass
+    return gate.How(), names
+
+
+def full_size(model_type: str, column: str, how: Any, inputs: str) -> Cell:
+    dtype, autocast, steps = COLUMNS[column]
+    name = model_class(model_type).__name__
+    cell = Cell(model_type, name, column, inputs, UNKNOWN)
+    try:
+        subject = subjects.Subject(model_type, default_config(model_type), None)
+        found = gate.of_config(subject, how._replace(autocast=autocast), dtype, FLASH, steps)
+    except Exception as error:  # what building a model raises, there is no list of
+        said = str(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
+        return cell._replace(error=f"cannot be built: {one_line(said)}")
+    module, _, line = (found.at or "").partition(", ")
+    first = found.first_float32
+    return cell._replace(
+        verdict={True: PASSES, False: FAILS, None: UNKNOWN}[found.ok],
+        error_type=found.error_type or "",
+        error=one_line(found.error or ""),
+        module=module,
+        line=line,
+        rescue=next((layer.rescue for layer in found.layers if layer.rescue), ""),
+        **(
+            {}
+            if first is None
+            else {
+                "first_module": first.module,
+                "first_kind": first.kind,
+                "first_name": first.name or "",
+                "first_line": first.line,
+            }
+        ),
+    )
+
+
+class Small:
+    """A small model of the same architecture, with real weights."""
+
+    def __init__(self, model_type: str, text_alone: bool) -> None:
+        self.model_type, self.text_alone = model_type, text_alone
+        self.config, self.reason = None, ""
+        for images in (True, False):
+            try:
+                self.config = small_config(default_config(model_type), images)
+                self.reason = ""
+                # Without FlashAttention and in one dtype, only the shrinking can be at fault.
+                seconds = self.run("float32", None, (), "eager")
+                if seconds > PATIENCE:
+                    self.reason = f"a pass takes more than {PATIENCE} s"
+                    continue
+                return
+            except Exception as error:
+                self.reason = one_line(f"{type(error).__name__}: {error}")
+        self.config = None
+
+    def run(
+        self, dtype: str, autocast: str | None, steps: tuple[str, ...], attention: str
+    ) -> float:
+        """One forward; the seconds it took."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = subjects.build(self.config, dtype, attention)
+            for step in steps:
+                model = STEPS[step].apply(model, Context(None, attention))
+            inputs = example_inputs(model, self.text_alone)
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            if "use_cache" in inspect.signature(base.forward).parameters:
+                inputs["use_cache"] = False
+            region = torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), bool(autocast))
+            started = time.perf_counter()
+            with region:
+                model(**inputs)
+            return time.perf_counter() - started
+
+    def compare(self, cell: Cell) -> str:
+        if self.config is None:
+            return f"not run: {self.reason}"
+        raised = ""
+        try:
+            self.run(*COLUMNS[cell.column], FLASH)
+        except Exception as error:
+            raised = f"{type(error).__name__}: {one_line(str(error))}".strip(": ")
+        return "agrees" if _same(raised, cell.failure) else f"differs: {raised or PASSES}"
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two messages are alike but for their numbers, which are sizes and layers."""
+    return re.sub(r"\d+", "0", one) == re.sub(r"\d+", "0", other)
+
+
+def one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def measure(chosen: list[str], jobs: int) -> list[Cell]:
+    """Every cell of some model types, in the order of ``chosen`` and COLUMNS."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for model_type in chosen:
+        waiting.put(model_type)
+    found: dict[str, dict[str, Cell]] = {}
+
+    def work() -> None:
+        with Worker() as worker:
+            while True:
+                try:
+                    model_type = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                found[model_type] = worker.examine(model_type)
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[model_type][column] for model_type in chosen for column in COLUMNS]
+
+
+class Done(NamedTuple):
+    """A worker is through with a model type."""
+
+
+class Worker:
+    """A process that examines model types, and that is replaced when it dies or takes too long."""
+
+    def __enter__(self) -> "Worker":
+        # Started anew, not forked: a fork would inherit the threads of torch half-way.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+    def examine(self, model_type: str) -> dict[str, Cell]:
+        name = model_class(model_type).__name__
+        cells = {
+            column: Cell(model_type, name, column, "", UNKNOWN, error="not reached")
+            for column in COLUMNS
+        }
+        self.pipe.send(model_type)
+        deadline = time.monotonic() + SECONDS
+        try:
+            while self.pipe.poll(max(deadline - time.monotonic(), 0)):
+                if isinstance(cell := self.pipe.recv(), Done):
+                    return cells
+                cells[cell.column] = cell
+            why = f"it takes more than {SECONDS} s"
+        except (EOFError, OSError):
+            why = "the process that ran it died"
+        self.__exit__()
+        self.__enter__()
+        return {column: _unfinished(cell, why) for column, cell in cells.items()}
+
+
+def _unfinished(cell: Cell, why: str) -> Cell:
+    if cell.error == "not reached":
+        return cell._replace(error=why)
+    return cell if cell.small or cell.verdict == UNKNOWN else cell._replace(small=f"not run: {why}")
+
+
+def serve(pipe: Any) -> None:
+    """In a worker: examine what the pipe names, and send each cell as soon as it is there."""
+    import torch
+
+    torch.set_num_threads(1)
+    backend.activate()
+    with state.listening():
+        while True:
+            try:
+                model_type = pipe.recv()
+            except EOFError:
+                return
+            for cell in examine(model_type):
+                pipe.send(cell)
+            pipe.send(Done())
+
+
+if __name__ == "__main__":
+    main()
