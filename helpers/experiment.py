@@ -199,7 +199,7 @@ def resolve(checkpoint: Any) -> "str | Subject":
         return str(checkpoints.get(checkpoint))
     if isinstance(checkpoint, str) and checkpoint:
         if Path(checkpoint).is_dir():
-            _require_model(Path(checkpoint))
+            subjects.require_model(Path(checkpoint))
         if local_folder(checkpoint) is not None:
             return checkpoint
     return subjects.find(checkpoint)
@@ -388,21 +388,6 @@ def _reference_logits(
 def _fingerprint(path: str) -> tuple[int, ...]:
     """Changes when a folder's files do, so that a cached reference does not outlive them."""
     return tuple(f.stat().st_mtime_ns for f in sorted(Path(path).glob("*")) if f.is_file())
-
-
-def _require_model(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise PlanError(
-            f"The folder {str(folder)!r} holds a LoRA adapter and no model: give its base,"
-            f" {adapter.base_of(folder)!r}, as checkpoint= and this folder as adapter=."
-        )
-    if not (folder / "config.json").is_file():
-        raise PlanError(
-            f"The folder {str(folder)!r} has no config.json, so it is not a checkpoint:"
-            " give the folder that save_pretrained wrote."
-        )
-    declared_dtype(folder)
-    file_dtypes(folder)
 
 
 def _autocast(plan: LoadPlan, here: backend.Backend) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers import backend, state, subjects
 from helpers.errors import PlanError
-from helpers.files import dtype_name, listed
+from helpers.files import dtype_name, listed, shortened
 from helpers.probe import GateRecord, parameter_dtypes, watch
 from helpers.steps import NEED_WEIGHTS, STEPS, Context
 
@@ -112,6 +112,12 @@ def of_config(
         found = _look(model, model, inputs, how, tracer, mode.shown_to(tracer), False)
     name = f"{subject.name} ({type(model).__name__}, {', '.join((dtype or 'omitted', *steps))})"
     notes = (ASSUMED,) if mode.assumed else ()
+    if (quantization := getattr(subject.config, "quantization_config", None)) is not None:
+        method = dict(quantization).get("quant_method", "unknown")
+        notes = (
+            f"The config asks for quantization ({method}); without weights none was done.",
+            *notes,
+        )
     return replace(found, subject=name, loaded=loaded, weightless=True, notes=notes)
 
 
@@ -223,7 +229,12 @@ def _named(inputs: Any) -> dict[str, Any]:
     """Inputs as keyword arguments of a forward."""
     if hasattr(inputs, "items"):  # a dictionary, or what a tokenizer returns
         return dict(inputs.items())
-    return {"input_ids": inputs}
+    if hasattr(inputs, "dtype"):
+        return {"input_ids": inputs}
+    raise PlanError(
+        f"inputs={shortened(inputs)} is nothing that a forward gets: give token ids as a tensor, or"
+        " a dictionary of its arguments."
+    )
 
 
 def _region(model: Any, autocast: str | None) -> Any:

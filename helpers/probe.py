@@ -75,8 +75,8 @@ def watch(
     afterwards, whatever happens inside; other threads are not recorded.
 
     Args:
-        seen: is called with the record, q, k and v at the first call of each layer, before the
-            rescue.
+        seen: is called with a record, q, k and v at every call, before the rescue; without it the
+            first call of each layer is recorded and no other.
 
     Transformers 4 asks ``torch.is_autocast_enabled()`` before the rescue cast, which means CUDA, so
     a region of autocast on the CPU would not count as the same region on a GPU does. While it
@@ -85,8 +85,9 @@ def watch(
     are peft's quantised layers.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    records: dict[str, GateRecord] = {}
-    calling: list[GateRecord] = []
+    records: list[GateRecord] = []
+    known: set[str] = set()
+    calling: list[GateRecord | None] = []  # None: a call that is not recorded
     thread = threading.get_ident()
 
     def watched(registered: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -96,12 +97,14 @@ def watch(
             if threading.get_ident() != thread:
                 return function(module, q, k, v, *args, **kwargs)
             layer = names.get(id(module), type(module).__name__)
-            is_first = layer not in records
-            record = records.setdefault(layer, GateRecord(layer, Dtypes.of(q, k, v)))
-            if is_first:
-                record.rescue = _rescue(module, q)
-                if seen is not None:
-                    seen(record, (q, k, v))
+            record = None
+            if seen is not None or layer not in known:
+                rescue = _rescue(module, q)
+                record = GateRecord(layer, Dtypes.of(q, k, v), rescue=rescue)
+                records.append(record)
+                known.add(layer)
+            if seen is not None and record is not None:
+                seen(record, (q, k, v))
             calling.append(record)
             came_back = False
             try:
@@ -111,7 +114,7 @@ def watch(
                 return result
             finally:
                 calling.pop()
-                if record.kernel is not None and record.accepted is None:
+                if record is not None and record.kernel is not None:
                     record.accepted = came_back
 
         return attention
@@ -119,21 +122,21 @@ def watch(
     def kernel(name: str, q: Any, k: Any, v: Any) -> None:
         if threading.get_ident() != thread:
             return
+        dtypes = Dtypes.of(q, k, v)
         if not calling:
-            dtypes = Dtypes.of(q, k, v)
             record = GateRecord(f"{name} {len(records)}", dtypes, dtypes)
-            records[record.layer] = record
+            records.append(record)
             if seen is not None:
                 seen(record, (q, k, v))
-        elif calling[-1].kernel is None:
-            calling[-1].kernel = Dtypes.of(q, k, v)
+        elif calling[-1] is not None and calling[-1].kernel is None:
+            calling[-1].kernel = dtypes
 
     found: list[GateRecord] = []
     with _registered(_implementations(model), watched), _kernel_calls(kernel):
         try:
             yield found
         finally:
-            found.extend(records.values())
+            found.extend(records)
 
 
 def _implementations(model: "Module") -> set[str]:

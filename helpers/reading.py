@@ -257,6 +257,8 @@ def _stations(tracer: Tracer, operations: tuple[Operation, ...], call: Call) -> 
     if embedded := [one for one in before if _is(one, "embed") and not _is(one, "rotary", "rope")]:
         nearest = max(embedded, key=lambda one: (_shared(one.module, own), one.order))
         yield Station("embedding", _distinct(nearest.dtypes))
+    elif given := [name for name in tracer.inputs if name.endswith("embeds")]:
+        yield Station(given[0], tracer.inputs[given[0]])
     if norms := [one for one in before if _is(one, "norm", "ln_")]:
         yield Station("norm", _distinct(norms[-1].dtypes))
     projections = {

@@ -40,7 +40,7 @@ def small_config(config: "PretrainedConfig", images: bool = True) -> "Pretrained
 
 
 def _divisor(parts: list[Any]) -> int:
-    """What all widths and the numbers of query heads can be divided by, with two heads left."""
+    """What all widths and the numbers of query heads can be divided by, the same for all."""
     numbers, heads = [], []
     for part in parts:
         for name, value in vars(part).items():
@@ -53,7 +53,7 @@ def _divisor(parts: list[Any]) -> int:
         return 1
     common = math.gcd(*heads)
     common = math.gcd(common, *(n for n in numbers if math.gcd(common, n) > 1))
-    return next((d for d in range(common // 2, 0, -1) if common % d == 0), 1)
+    return common
 
 
 def _words(parts: list[Any]) -> dict[int, int]:

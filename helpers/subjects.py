@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers import backend, checkpoints
+from helpers import adapter, backend, checkpoints
 from helpers.errors import PlanError
 from helpers.files import declared_dtype, dtype_name, file_dtypes, first_sentence, listed
 
@@ -60,10 +60,8 @@ def find(what: Any, trust_remote_code: bool = False) -> Subject:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             raise PlanError(f"{name!r} is not a checkpoint: expected {EXPECTED}.")
         _require_reachable(path)
-    if path and folder.is_dir() and not (folder / "config.json").is_file():
-        raise PlanError(
-            f"The folder {path!r} has no config.json: give the folder that save_pretrained wrote."
-        )
+    else:
+        require_model(folder)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # files and networks fail in many ways
@@ -79,6 +77,22 @@ def find(what: Any, trust_remote_code: bool = False) -> Subject:
     subject = Subject(name, config, dtype)
     _refuse_code(subject, trust_remote_code)
     return subject
+
+
+def require_model(folder: Path) -> None:
+    """Raise PlanError where a folder holds no model, or files that cannot be read."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise PlanError(
+            f"The folder {str(folder)!r} holds a LoRA adapter and no model: give its base,"
+            f" {adapter.base_of(folder)!r}, as checkpoint= and this folder as adapter=."
+        )
+    if not (folder / "config.json").is_file():
+        raise PlanError(
+            f"The folder {str(folder)!r} has no config.json, so it is not a checkpoint:"
+            " give the folder that save_pretrained wrote."
+        )
+    declared_dtype(folder)
+    file_dtypes(folder)
 
 
 _CODE = (

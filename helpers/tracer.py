@@ -120,6 +120,7 @@ class Tracer:
         self._model = model
         self._known: dict[int, tuple[Kind, str]] = {}  # storages from before the pass
         self._born: dict[int, Origin] = {}  # storages of the pass
+        self.inputs = {name: dtype_name(t.dtype) for kind, name, t in tensors if kind == "input"}
         for kind, name, tensor in tensors:
             if tensor.dtype in WIDE:
                 self._known.setdefault(_storage(tensor), (kind, name))

@@ -2,10 +2,13 @@
 
 import copy
 import json
+import shutil
 import threading
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
@@ -375,6 +378,71 @@ def test_a_model_without_an_attention_interface_is_called_so():
     assert "no attention interface" in found.verdict
 
 
+class Twice(torch.nn.Module):
+    """A layer that is used twice, with another dtype the second time."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids):
+        first = self.model(inputs_embeds=self.model.get_input_embeddings()(input_ids))
+        return first, self.model(inputs_embeds=torch.rand(2, 4, 128))
+
+
+def test_every_attention_call_is_shown_also_of_a_layer_that_is_used_again():
+    found = xray(Twice(load()), autocast="bfloat16", inputs=IDS)
+    assert len(found.layers) == 6
+    assert [layer.name for layer in found.layers[:3]] == [layer.name for layer in found.layers[3:]]
+    assert found.layers[0].q == "bfloat16"
+    assert found.layers[3].q == "float32"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    folder = shutil.copytree(checkpoints.get("bf16"), tmp_path_factory.mktemp("q") / "bitnet")
+    file = folder / "config.json"
+    method = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": method}))
+    return folder
+
+
+def test_a_quantized_model(quantized):
+    model = AutoModelForCausalLM.from_pretrained(
+        quantized, dtype=torch.bfloat16, attn_implementation="flash_attention_2"
+    )
+    assert type(model.hf_quantizer).__name__ == "BitNetHfQuantizer"
+    for module in model.modules():
+        if type(module).__name__ == "BitLinear":  # four weights of two bits a byte
+            module.weight = module.weight[: len(module.weight) // 4]
+    assert xray(model, IDS).ok
+    wide = {"inputs_embeds": torch.rand(2, 4, 128)}
+    found = xray(model, wide)
+    assert (found.error_type, found.error) == raised_by(model, wide)
+    assert found.layers[0].rescue == "the model is quantized, from bfloat16"
+    assert (found.layers[0].q, found.layers[0].after_rescue) == ("float32", "bfloat16")
+    assert str(found.layers[0].stations[0]) == "inputs_embeds: float32"
+    assert found.first_float32.name == "inputs_embeds"
+    by_config = xray(quantized)
+    assert "quantization (bitnet)" in by_config.notes[0]
+
+
+def test_a_hub_id_from_the_cache(tmp_path, monkeypatch):
+    """As the hub's cache holds a model of which only the config was downloaded."""
+    snapshot = tmp_path / "models--org--model" / "snapshots" / ("0" * 40)
+    (tmp_path / "models--org--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--model" / "refs" / "main").write_text("0" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copy(checkpoints.get("fp32") / "config.json", snapshot)
+    for constants in (huggingface_hub.constants, huggingface_hub.file_download):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr(transformers.utils.hub, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    found = xray("org/model")
+    assert (found.ok, found.error) == (False, REFUSED)
+    assert found.subject.startswith("org/model (")
+
+
 class DependsOnData(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -405,6 +473,7 @@ def test_a_forward_that_reads_numbers_cannot_be_told_without_them():
         ("bf16", {"after_load": "fly"}, ["'fly'", "'norms_float'"]),
         ("bf16", {"after_load": ["train"]}, ["'train'", "weights"]),
         (42, {}, ["42", "expected"]),
+        ("bf16", {"inputs": "a text"}, ["'a text'", "token ids"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(what, options, parts):

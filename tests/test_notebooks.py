@@ -39,8 +39,8 @@ def name(path):
     return path.stem
 
 
-def test_all_six_notebooks_are_here():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05"]
+def test_all_seven_notebooks_are_here():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -95,16 +95,82 @@ def test_reports_of_two_machines_are_the_same_to_the_comparison():
     here = (
         "[OK] Python: 3.11.7\n[OK] torch: 2.13.0\n[OK] matplotlib: 3.11.2\n"
         "python 3.11.7, torch 2.13.0, transformers 5.22.2, kernels 0.17.2\n"
-        '  File "transformers/x.py", line 864, in f\ndistance 0.091'
+        '  File "transformers/x.py", line 864, in f\ndistance 0.091\n'
+        "transformers/x.py:864: out = f(q), dg-river-0123456789ab-title"
     )
     there = (
         "[OK] Python: 3.13.1\n[OK] torch: 2.13.1\n[OK] matplotlib: 3.10.9\n"
         "python 3.13.1, torch 2.13.0, transformers 5.22.2, kernels 0.17.9\n"
-        '  File "transformers/x.py", line 857, in f\ndistance 0.1'
+        '  File "transformers/x.py", line 857, in f\ndistance 0.1\n'
+        "transformers/x.py:857: out = f(q), dg-river-ba9876543210-title"
     )
     assert compared(here) == compared(there)
     assert compared(here) != compared(there.replace("[OK] torch", "[FAIL] torch"))
     assert compared(here) != compared(there.replace("transformers 5.22.2", "transformers 6.0.0"))
+    assert compared(here) != compared(there.replace("x.py:857", "y.py:857"))
+    assert compared(here) != compared(there.replace("out = f(q)", "out = f(k)"))
+
+
+# What the pictures of notebook 06 have to say, in its order: where a model fails, with which message
+# (None: it passes), and where the float32 came in (None: there is none that matters).
+MIXED = "mat1 and mat2 must have the same dtype, but got Float and BFloat16"
+INSIDE = "base_model.model."
+NAMED = [
+    (None, None, None),
+    (
+        "model.layers.0.self_attn", DTYPE_ERROR[1],
+        "model.embed_tokens, aten.embedding.default: the float32 parameter"
+        " model.embed_tokens.weight",
+    ),
+    (
+        f"{INSIDE}model.layers.0.self_attn", DTYPE_ERROR[1],
+        f"{INSIDE}model.embed_tokens, aten.embedding.default: the float32 parameter"
+        f" {INSIDE}model.embed_tokens.weight",
+    ),
+    (
+        "model.layers.0.self_attn.q_proj", MIXED,
+        "model.layers.0.input_layernorm, aten.mul.Tensor: the float32 parameter"
+        " model.layers.0.input_layernorm.weight",
+    ),
+    (None, None, None),  # Gemma, with the same norms
+    (
+        "model.layers.0.self_attn", DTYPE_ERROR[1],
+        "model.embed_tokens, aten.embedding.default: the float32 parameter"
+        " model.embed_tokens.weight",
+    ),
+    (
+        "model.layers.0.self_attn.q_proj", MIXED,
+        "model.layers.0.input_layernorm, aten.pow.Tensor_Scalar: the float32 input inputs_embeds",
+    ),
+    (None, None, "model.layers.0.self_attn.q_proj, aten._to_copy.default: a cast to float32"),
+    (
+        "model.layers.0.self_attn", "query and key must have the same dtype",
+        "model.layers.0.self_attn.k_proj, aten._to_copy.default: a cast to float32",
+    ),
+    (None, None, "model.rotary_emb, aten._to_copy.default: a cast to float32"),  # 72B, autocast
+    (None, None, None),  # the reader's own, which is bf16 until they say another
+]  # fmt: skip
+
+
+def test_the_models_of_notebook_06_are_named_right():
+    rivers = [
+        " ".join(output.data["text/plain"].split())
+        for cell in code_cells(ROOT / "notebooks" / "06_xray_your_model.ipynb")
+        for output in cell.outputs
+        if "<svg" in output.get("data", {}).get("text/html", "")
+    ]
+    assert len(rivers) == len(NAMED)
+    for river, (where, error, first) in zip(rivers, NAMED, strict=True):
+        if error is None:
+            assert river.startswith("✔ passes: FlashAttention got bfloat16")
+        else:
+            assert river.startswith(f"✖ fails: RuntimeError: {error} ")
+            assert f" at {where}, transformers/" in river
+        assert ("First float32 that matters" in river) is (first is not None)
+        assert first is None or f"First float32 that matters: {first} (" in river
+    own = [river for river in rivers if "x = self.inside(x).float()" in river]
+    assert len(own) == 2
+    assert all(re.search(r"\(Cell In\[\d+\]:\d+: x = self", river) for river in own)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

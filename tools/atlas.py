@@ -10,6 +10,7 @@ is 1. Model types run in processes of their own: one that crashes or hangs takes
 """
 
 import argparse
+import functools
 import inspect
 import multiprocessing
 import os
@@ -45,7 +46,8 @@ def main() -> None:
     if arguments.types and not arguments.check:
         parser.error("--types would store a part of the atlas: add --check")
     started = time.perf_counter()
-    chosen = arguments.types.split(",") if arguments.types else model_types()
+    with state.listening():
+        chosen = arguments.types.split(",") if arguments.types else model_types()
     now = Atlas(dict(backend.versions()), measure(chosen, arguments.jobs))
     differing = [cell for cell in now.cells if cell.small.startswith("differs")]
     wrong = [f"{cell.model_type} | {cell.column}: {cell.small}" for cell in differing]
@@ -71,6 +73,7 @@ def model_types() -> list[str]:
     return [name for name in sorted(CONFIG_MAPPING) if model_class(name) is not None]
 
 
+@functools.cache
 def model_class(model_type: str) -> Any:
     """The class that ``subjects.model_class`` picks if it supports FlashAttention-2, else the
     first of Transformers' mappings that does; None without one."""
@@ -91,7 +94,11 @@ def model_class(model_type: str) -> Any:
         except ValueError:  # the mapping names a class that does not exist
             continue
         found += some if isinstance(some, (tuple, list)) else [some]
-    return next((x for x in found if x._supports_flash_attn and _is_for(x, kind)), None)
+    return next((x for x in found if _supports(x) and _is_for(x, kind)), None)
+
+
+def _supports(model: Any) -> bool:
+    return bool(getattr(model, "_supports_flash_attn", False))
 
 
 def _is_for(model: Any, kind: type) -> bool:
