@@ -96,13 +96,13 @@ def test_reports_of_two_machines_are_the_same_to_the_comparison():
         "[OK] Python: 3.11.7\n[OK] torch: 2.13.0\n[OK] matplotlib: 3.11.2\n"
         "python 3.11.7, torch 2.13.0, transformers 5.22.2, kernels 0.17.2\n"
         '  File "transformers/x.py", line 864, in f\ndistance 0.091\n'
-        "transformers/x.py:864: out = f(q), dg-river-0123456789ab-title"
+        "transformers/x.py:864: out = f(q), Cell In[14]:8: x, dg-river-0123456789ab-title"
     )
     there = (
         "[OK] Python: 3.13.1\n[OK] torch: 2.13.1\n[OK] matplotlib: 3.10.9\n"
         "python 3.13.1, torch 2.13.0, transformers 5.22.2, kernels 0.17.9\n"
         '  File "transformers/x.py", line 857, in f\ndistance 0.1\n'
-        "transformers/x.py:857: out = f(q), dg-river-ba9876543210-title"
+        "transformers/x.py:857: out = f(q), Cell In[1]:8: x, dg-river-ba9876543210-title"
     )
     assert compared(here) == compared(there)
     assert compared(here) != compared(there.replace("[OK] torch", "[FAIL] torch"))
@@ -111,8 +111,8 @@ def test_reports_of_two_machines_are_the_same_to_the_comparison():
     assert compared(here) != compared(there.replace("out = f(q)", "out = f(k)"))
 
 
-# What the pictures of notebook 06 have to say, in its order: where a model fails, with which message
-# (None: it passes), and where the float32 came in (None: there is none that matters).
+# What the pictures of notebook 06 have to say, in its order: where a model fails, with which
+# message (None: it passes), and where float32 came in (None: there is none that matters).
 MIXED = "mat1 and mat2 must have the same dtype, but got Float and BFloat16"
 INSIDE = "base_model.model."
 NAMED = [

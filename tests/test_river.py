@@ -89,7 +89,7 @@ class Tags(HTMLParser):
 
 
 @given(xrays())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_hostile_words_stay_words(seen):
     root = ElementTree.fromstring(river.svg(seen))
 
@@ -110,7 +110,7 @@ def test_hostile_words_stay_words(seen):
 
 
 @given(xrays())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_text_fits_a_terminal_and_commands_nothing(seen):
     lines = river.text(seen).split("\n")
 
@@ -119,7 +119,7 @@ def test_text_fits_a_terminal_and_commands_nothing(seen):
 
 
 @given(xrays())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_words_stand_inside_the_picture(seen):
     root = ElementTree.fromstring(river.svg(seen))
     _, _, width, height = map(float, root.attrib["viewBox"].split())
@@ -135,7 +135,7 @@ def test_words_stand_inside_the_picture(seen):
 
 
 @given(xrays())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_layer_is_in_one_row_that_says_what_it_says(seen):
     rows = river.river(seen).rows
     order = {}
@@ -167,7 +167,7 @@ def test_every_layer_is_in_one_row_that_says_what_it_says(seen):
 
 
 @given(xrays())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_float32_has_a_symbol_and_words_wherever_it_has_a_colour(seen):
     root = ElementTree.fromstring(river.svg(seen))
     words = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
@@ -189,7 +189,7 @@ def test_float32_has_a_symbol_and_words_wherever_it_has_a_colour(seen):
 
 
 @given(xrays())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_data_goes_through_json_and_back(seen):
     data = river.data(seen)
 
