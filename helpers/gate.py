@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from helpers.reading import XRay
     from helpers.subjects import Subject
     from helpers.tracer import Tracer
+    from helpers.weightless import Weightless
 
 
 def xray(
@@ -107,11 +108,9 @@ def of_config(
         loaded = parameter_dtypes(model)
         for step in steps:
             model = STEPS[step].apply(model, Context(None, attention))
-        inputs, _ = _inputs(model, how)
-        tracer = _tracer(model, inputs, model.named_parameters(), model.named_buffers())
-        found = _look(model, model, inputs, how, tracer, mode.shown_to(tracer), False)
+        found = of_built(model, how, mode)
     name = f"{subject.name} ({type(model).__name__}, {', '.join((dtype or 'omitted', *steps))})"
-    notes = (ASSUMED,) if mode.assumed else ()
+    notes = (*found.notes, *((ASSUMED,) if mode.assumed else ()))
     if (quantization := getattr(subject.config, "quantization_config", None)) is not None:
         method = dict(quantization).get("quant_method", "unknown")
         notes = (
@@ -119,6 +118,13 @@ def of_config(
             *notes,
         )
     return replace(found, subject=name, loaded=loaded, weightless=True, notes=notes)
+
+
+def of_built(model: Any, how: How, mode: "Weightless") -> "XRay":
+    """The X-ray of a model that was built in this mode."""
+    inputs, _ = _inputs(model, how)
+    tracer = _tracer(model, inputs, model.named_parameters(), model.named_buffers())
+    return _look(model, model, inputs, how, tracer, mode.shown_to(tracer), False)
 
 
 def _of_live(model: Any, how: How, weightless: bool) -> "XRay":
@@ -142,7 +148,8 @@ def _of_live(model: Any, how: How, weightless: bool) -> "XRay":
                 return torch.func.functional_call(model, tensors, kwargs=kwargs)
 
             found = _look(model, forward, inputs, how, tracer, mode.shown_to(tracer), given)
-    return replace(found, weightless=True, notes=(ASSUMED,) if mode.assumed else ())
+    notes = (*found.notes, *((ASSUMED,) if mode.assumed else ()))
+    return replace(found, weightless=True, notes=notes)
 
 
 class Trace:
@@ -219,8 +226,9 @@ def _inputs(model: Any, how: How) -> tuple[dict[str, Any], bool]:
     """What the forward gets, on the model's device, and whether the caller has given it."""
     from helpers.examples import example_inputs
 
-    given = how.inputs is not None
-    inputs = _named(how.inputs) if given else example_inputs(model)
+    make = how.inputs if callable(how.inputs) else example_inputs
+    given = how.inputs is not None and make is not how.inputs
+    inputs = _named(how.inputs) if given else make(model)
     device = next((p.device for p in model.parameters()), "cpu")
     return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}, given
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -31,6 +32,14 @@ WITHOUT_DATA = (
 
 # Frames that are in a traceback because somebody watches the operations.
 WATCHING = ("torch/_compile.py", "torch/_dynamo/", "torch/_ops.py", "torch/_subclasses/")
+
+
+NARROW = ("bfloat16", "float16")
+ON_CUDA = (
+    "a layer norm of {} numbers with float32 weights runs on the CPU, as here, and raises 'expected"
+    " scalar type ... but found Float' on CUDA (https://github.com/pytorch/pytorch/issues/138128;"
+    " not run here)."
+)
 
 
 class Call(NamedTuple):
@@ -160,6 +169,7 @@ def read(
         harmless=_harmless(tracer, harmful),
         gate=tuple(call.record for call in calls),
         operations=operations,
+        notes=tuple(_else_on_a_gpu(operations)),
     )
     if error is None:
         return found
@@ -175,6 +185,21 @@ def read(
     if given or _decides(error, tracer):
         return replace(found, ok=False, verdict=f"fails: {said} ({at})")
     return replace(found, ok=None, verdict=f"could not tell: {said} ({at})")
+
+
+def _else_on_a_gpu(operations: tuple[Operation, ...]) -> Iterator[str]:
+    """What the CPU computes and CUDA refuses: a layer norm of 16 bit with float32 weights."""
+    if torch.is_autocast_enabled("cpu"):  # on a GPU autocast makes all of it float32
+        return
+    mixed = [
+        operation
+        for operation in operations
+        if operation.name.startswith(("aten.native_layer_norm", "aten.layer_norm"))
+        and operation.inputs[0] in NARROW
+        and "float32" in operation.inputs[1:]
+    ]
+    if mixed:
+        yield f"{ranged([one.module for one in mixed])}: {ON_CUDA.format(mixed[0].inputs[0])}"
 
 
 def _decides(error: Exception, tracer: Tracer) -> bool:

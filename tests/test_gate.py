@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, PhiConfig, Qwen2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from helpers import checkpoints, subjects
@@ -501,6 +501,22 @@ def test_code_of_a_checkpoint_needs_leave(tmp_path):
     known = Qwen2Config(auto_map={"AutoModelForCausalLM": "own.Model"})
     with pytest.raises(PlanError, match="trust_remote_code=True"):
         xray(known)
+
+
+def test_what_only_the_cpu_computes_is_said():
+    """Phi has PyTorch's own layer norm, Gemma one of its own that casts back."""
+    norms = {"dtype": "bfloat16", "after_load": "norms_float"}
+    phi = xray(PhiConfig(num_hidden_layers=2), **norms)
+    assert phi.ok
+    assert any("on CUDA (https://github.com/pytorch/pytorch/issues/138128" in n for n in phi.notes)
+    assert "input_layernorm" in phi.notes[0]
+    for quiet in (
+        xray(PhiConfig(num_hidden_layers=2), dtype="bfloat16"),
+        xray(PhiConfig(num_hidden_layers=2), dtype="float32", autocast="bfloat16"),
+        xray(GemmaConfig(num_hidden_layers=2), **norms),
+    ):
+        assert quiet.ok
+        assert quiet.notes == ()
 
 
 def test_every_shipped_config_has_its_source_and_its_size():
