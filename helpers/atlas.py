@@ -41,6 +41,7 @@ COLUMNS = {
     "bfloat16, LoRA": Column("bfloat16", after_load=("lora",)),
 }
 PASSES, FAILS, UNKNOWN = "passes", "fails", "could not tell"
+NO_CALL = "no attention call"  # in this forward, of a model that makes some elsewhere
 SYMBOL = {PASSES: "✔", FAILS: "✖", UNKNOWN: "?"}
 # flash-attn's text, csrc/flash_attn/flash_api.cpp
 REFUSED = "FlashAttention only support fp16 and bf16 data type"
@@ -58,7 +59,9 @@ class Cell(NamedTuple):
         module, line: whose forward raised it, and where.
         first_module, first_kind, first_name, first_line: the first float32 that reached the gate or
             a matmul of two dtypes (``tracer.Origin``).
-        rescue: what decided the rescue cast; "" where there was none.
+        rescue: what decided the rescue cast, or NO_CALL; "" where there was none.
+        cpu_only: the modules whose layer norm has float32 weights for a 16-bit input, which the CPU
+            computes and CUDA refuses; "" where there are none.
         small: "agrees", if a small model of the architecture with real weights does the same;
             "differs: ..."; or "not run: ...".
     """
@@ -77,6 +80,7 @@ class Cell(NamedTuple):
     first_name: str = ""
     first_line: str = ""
     rescue: str = ""
+    cpu_only: str = ""
     small: str = ""
 
     @property
@@ -237,7 +241,7 @@ def find(model_type: str) -> "Table":
 def _row(cell: Cell) -> tuple[str, ...]:
     first = " ".join(filter(None, (cell.first_kind, cell.first_name or cell.first_module)))
     where = ", ".join(filter(None, (cell.module, cell.line)))
-    return (cell.column, f"{SYMBOL[cell.verdict]} {cell.verdict}", cell.failure, where, first)
+    return (cell.column, _verdict(cell, {}), cell.failure, where, first)
 
 
 def summary() -> "Table":
@@ -277,6 +281,15 @@ def _page(atlas: Atlas) -> Iterator[str]:
         " FlashAttention-2's checks. So a verdict is about dtypes on the road to the gate; it says"
         " nothing about speed, and nothing about the numbers that come out. The default config of a"
         " type need not be that of the checkpoint you use: for that, `dtype-doctor xray PATH`."
+    )
+    yield ""
+    yield (
+        "Every operation is the CPU's, where a layer norm with float32 weights takes a 16-bit input"
+        " and returns it in its dtype. CUDA raises `expected scalar type ... but found Float` there"
+        " (https://github.com/pytorch/pytorch/issues/138128; not run here): a cell that passes with"
+        f" such a norm says **on a CPU**, {_only(atlas)} of the column with float32 norms. A model"
+        " that takes pictures or sound gets them, unless its default config does not fit them: then"
+        " text alone (the data say which, in the column `inputs`)."
     )
     yield ""
     yield (
@@ -339,8 +352,17 @@ def _letters(atlas: Atlas) -> dict[str, str]:
     return dict(zip(ordered, names, strict=True))
 
 
+def _only(atlas: Atlas) -> str:
+    norms = [cell for cell in atlas.cells if cell.column == NORMS and cell.verdict == PASSES]
+    return f"{sum(bool(cell.cpu_only) for cell in norms)} of the {len(norms)} passes"
+
+
 def _verdict(cell: Cell, letters: dict[str, str]) -> str:
-    letter = f" ({letters[cell.failure]})" if cell.verdict == FAILS else ""
+    if cell.verdict == PASSES and cell.cpu_only:
+        return f"{SYMBOL[PASSES]} {PASSES} on a CPU"
+    if cell.verdict == PASSES and cell.rescue == NO_CALL:
+        return f"{SYMBOL[PASSES]} {PASSES}, {NO_CALL}"
+    letter = f" ({letters[cell.failure]})" if cell.failure in letters else ""
     return f"{SYMBOL[cell.verdict]} {cell.verdict}{letter}"
 
 

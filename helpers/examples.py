@@ -7,6 +7,7 @@ alike: a forward that takes ``pixel_values`` has a config with ``image_size``, `
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ def example_inputs(model: Any, text_alone: bool = False) -> dict[str, Any]:
     ``main_input_name`` ask for, for a batch of BATCH.
 
     Integers are real numbers. Floating tensors (pixels, spectrograms, sound, series) have the dtype
-    of the model's first floating parameter, because that is what people cast them to. A model that
+    of most of the model's weights, because that is what people cast them to. A model that
     takes pictures or sound besides text gets them, with as many placeholders in the text as its own
     ``get_image_features`` or ``get_audio_features`` returns features; with ``text_alone``, and
     where its forward can do without, it gets none.
@@ -55,8 +56,11 @@ class _Example:
         self.config = self.model.config
         self.text_alone = text_alone
         self.takes = inspect.signature(self.model.forward).parameters
-        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-        self.dtype = next(floating, torch.get_default_dtype())
+        sizes: Counter[torch.dtype] = Counter()
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point():
+                sizes[parameter.dtype] += parameter.numel()
+        self.dtype = max(sizes, key=lambda x: sizes[x], default=torch.get_default_dtype())
         special = {
             value
             for config in configs(self.config)
@@ -139,9 +143,11 @@ class _Example:
             return 1
         method = getattr(owners[0], f"get_{kind}_features")
         takes = inspect.signature(inspect.unwrap(method)).parameters
-        with contextlib.suppress(Exception), torch.no_grad():
-            result = method(**{name: value for name, value in media.items() if name in takes})
-            return max(_vectors(result) // BATCH, 1)
+        given = {name: value for name, value in media.items() if name in takes}
+        for autocast in (False, True):  # where the forward will be in such a region
+            region = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+            with contextlib.suppress(Exception), torch.no_grad(), region:
+                return max(_vectors(method(**given)) // BATCH, 1)
         return 1
 
 
@@ -180,7 +186,7 @@ def _decoder_ids(e: _Example) -> dict[str, Any]:
 
 def _size(e: _Example) -> tuple[int, int]:
     """Height and width of a picture, in pixels."""
-    size = e.of("image_size", "img_size", "input_size", "pretrain_image_size", default=IMAGE)
+    size = e.of("image_size", "img_size", "input_size", "crop_size", default=IMAGE)
     if isinstance(size, dict):
         size = (size.get("height", IMAGE), size.get("width", IMAGE))
     height, width = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)

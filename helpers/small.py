@@ -9,7 +9,7 @@ from helpers.examples import configs
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LAYERS, EXPERTS, VOCABULARY, PIXELS = 6, 16, 1024, 128
+LAYERS, EXPERTS, VOCABULARY, PIXELS, FRAMES = 6, 16, 1024, 128, 8
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers",
           "decoder_layers", "num_encoder_layers", "num_decoder_layers")  # fmt: skip
 CROWDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -17,6 +17,7 @@ HEADS = ("heads", "n_head", "num_query_groups", "head")
 WIDE = ("hidden_size", "intermediate", "ffn_dim", "ffn_size", "d_model", "embed_dim", "n_embd",
         "projection_dim", "n_inner", "d_ff", "width", "hidden_dim", "mlp_dim", "embedding_size",
         "mlp_hidden", "conv_dim", "d_inner", "lru_width")  # fmt: skip
+INNER = ("intermediate", "ffn", "d_ff", "inner", "mlp")
 NOT_WIDE = ("head_dim", "head_size", "vocab", "rank")
 
 
@@ -85,12 +86,18 @@ def _new(part: Any, name: str, value: Any, by: int, words: dict[int, int], image
         return min(value, VOCABULARY)
     if name in CROWDS and isinstance(value, int):
         return min(value, EXPERTS)
-    if images and name in ("image_size", "img_size") and isinstance(value, int):
+    if images and name in ("num_frames", "frames_per_clip") and isinstance(value, int):
+        return min(value, FRAMES)
+    if images and name in ("image_size", "img_size", "crop_size") and isinstance(value, int):
         patch = getattr(part, "patch_size", None)
         if isinstance(patch, int) and value > PIXELS:
             return max(PIXELS // patch // 4 * 4, 4) * patch
-    if isinstance(value, int) and value > 1 and (_is_heads(name) or _is_wide(name)):
-        return value // by if value % by == 0 else max(value // by, 1)
+    if isinstance(value, int) and value > 1 and _is_heads(name):
+        return max(value // by, 1)
+    if isinstance(value, int) and value > 1 and _is_wide(name):
+        # The matmul of a mixture of experts wants rows of a multiple of 16 bytes.
+        exact = value % by == 0 and not any(word in name for word in INNER)
+        return value // by if exact else -(-value // by // 8) * 8
     return value
 
 
@@ -105,4 +112,6 @@ def _is_heads(name: str) -> bool:
 
 
 def _is_wide(name: str) -> bool:
-    return any(word in name for word in WIDE) and not any(word in name for word in NOT_WIDE)
+    if any(word in name for word in NOT_WIDE):
+        return False
+    return name == "dim" or any(word in name for word in WIDE)

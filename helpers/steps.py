@@ -38,12 +38,21 @@ def _add_dora(model: Any, _: Context) -> Any:
 
 
 def _adapter_for(model: Any, **options: Any) -> Any:
-    """A LoRA of rank 4 where peft puts one by default; on every Linear of a model type that peft
-    has no default for."""
+    """A LoRA of rank 4 where peft puts one by default; on a model type that it has no default for,
+    where it would on Llama, and without such names on every Linear.
+
+    The default is spelt out, because peft 0.21.2 finds none for Mixtral once it has translated the
+    names of its experts.
+    """
     from peft import LoraConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+    from torch.nn import Linear
 
-    targets = None if model.config.model_type in DEFAULTS else "all-linear"
+    linear = (name for name, module in model.named_modules() if isinstance(module, Linear))
+    ends = {name.rpartition(".")[2] for name in linear}
+    usual = ["q_proj", "v_proj"]
+    targets: Any = usual if {*usual} <= ends else "all-linear"
+    targets = DEFAULTS.get(model.config.model_type) or targets
     task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
     return LoraConfig(task_type=task, target_modules=targets, r=4, **options)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.files import dtype_name
@@ -120,6 +121,8 @@ class Tracer:
         self._model = model
         self._known: dict[int, tuple[Kind, str]] = {}  # storages from before the pass
         self._born: dict[int, Origin] = {}  # storages of the pass
+        # As long as somebody refers to a storage, if only weakly, no other one gets its address.
+        self._reserved: dict[int, StorageWeakRef] = {}
         self.inputs = {name: dtype_name(t.dtype) for kind, name, t in tensors if kind == "input"}
         for kind, name, tensor in tensors:
             if tensor.dtype in WIDE:
@@ -233,8 +236,15 @@ class Tracer:
         origin = self._born.get(storage)
         if origin is None:
             kind, name = self._known.get(storage, ("input", "made before the forward pass"))
-            origin = self._born[storage] = self._new(func, kind, name, tensor, frame)
+            origin = self._new(func, kind, name, tensor, frame)
+            self._give(tensor, origin)
         return origin
+
+    def _give(self, tensor: torch.Tensor, origin: Origin) -> None:
+        storage = _storage(tensor)
+        self._born[storage] = origin
+        if storage not in self._reserved:
+            self._reserved[storage] = StorageWeakRef(tensor.untyped_storage())
 
     def _follow(
         self, func: Any, result: torch.Tensor, wide: list[torch.Tensor], frame: Any
@@ -248,7 +258,7 @@ class Tracer:
             kind: Kind = "cast" if func._schema.name in CASTS else "created"
             oldest = self._new(func, kind, None, result, frame)
         self.joined.update((origin, oldest) for origin in found if origin is not oldest)
-        self._born[_storage(result)] = oldest
+        self._give(result, oldest)
 
     def _new(
         self, func: Any, kind: Kind, name: str | None, tensor: torch.Tensor, frame: Any

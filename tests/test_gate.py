@@ -519,6 +519,27 @@ def test_what_only_the_cpu_computes_is_said():
         assert quiet.notes == ()
 
 
+class Constant(torch.nn.Module):
+    """Makes a float32 that is gone again, and then one that no operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        x = self.inside(x)
+        for _ in range(50):
+            x.float()
+            torch.tensor([1.0])
+        return x
+
+
+def test_a_new_tensor_in_the_place_of_an_old_one_is_new():
+    found = xray(Constant(), {"x": torch.rand(2, 8, dtype=torch.bfloat16)})
+    made = [one for one in found.harmless if "torch.tensor([1.0])" in one.line]
+    assert sum(one.times for one in made) == 50
+
+
 def test_every_shipped_config_has_its_source_and_its_size():
     data = json.loads(subjects.QWEN.read_text("utf-8"))["models"]
     assert {"Qwen1.5-0.5B", "Qwen1.5-72B", "Qwen1.5-110B", "Qwen2-7B"} <= data.keys()

@@ -58,9 +58,7 @@ OPERATIONS = {
     "scatter": lambda a, b, c: made((4, 3), a).scatter_(
         0, torch.zeros(2, 3, dtype=torch.long), made((2, 3), b)
     ),
-    "where": lambda a, b, c: torch.where(
-        torch.ones(3, dtype=torch.bool), made(3, a), made(3, b)
-    ),
+    "where": lambda a, b, c: torch.where(torch.ones(3, dtype=torch.bool), made(3, a), made(3, b)),
     "copy_": lambda a, b, c: made(3, a).copy_(made(3, b)),
     "prelu": lambda a, b, c: F.prelu(made((2, 8, 3), a), made(8, b)),
 }

@@ -11,7 +11,10 @@ is 1. Model types run in processes of their own: one that crashes or hangs takes
 
 import argparse
 import functools
+import gc
 import inspect
+import itertools
+import logging
 import multiprocessing
 import os
 import queue
@@ -23,7 +26,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from helpers import atlas, backend, gate, state, subjects
-from helpers.atlas import COLUMNS, FAILS, PASSES, UNKNOWN, Atlas, Cell
+from helpers.atlas import COLUMNS, FAILS, NO_CALL, NORMS, PASSES, UNKNOWN, Atlas, Cell
 from helpers.errors import PlanError
 from helpers.examples import example_inputs
 from helpers.small import small_config
@@ -32,7 +35,7 @@ from helpers.steps import STEPS, Context
 FLASH = "flash_attention_2"
 MOST_JOBS = 8  # each holds torch
 SECONDS = 60  # for all that is done with a model type
-PATIENCE = 3  # seconds for one pass of a small model
+PATIENCE = 1  # second for one pass of a small model
 
 
 def main() -> None:
@@ -115,78 +118,111 @@ def default_config(model_type: str) -> Any:
 
 def examine(model_type: str) -> Iterator[Cell]:
     """The six cells of a model type, then the same cells with what the small model did."""
-    looked: list[Cell] = []
-    how, words = _inputs(model_type)
-    for column in COLUMNS:
-        cell = full_size(model_type, column, how, words)
-        yield cell
-        looked.append(cell)
-    small = Small(model_type, text_alone=how.inputs is not None)
-    for cell in looked:
+    given = Inputs()
+    looked = full_size(model_type, given)
+    if looked["bfloat16"].verdict == UNKNOWN and given.media:
+        # The default config does not fit the pictures or sounds that come with it.
+        alone = Inputs(text_alone=True)
+        text = full_size(model_type, alone)
+        if text["bfloat16"].verdict != UNKNOWN:
+            given, looked = alone, text
+    yield from looked.values()
+    small = Small(model_type, given)
+    for cell in looked.values():
         if cell.verdict != UNKNOWN:
             yield cell._replace(small=small.compare(cell))
 
 
-def _inputs(model_type: str) -> tuple[Any, str]:
-    """How the forward is called, and with what in words: as ``example_inputs`` says, or with text
-    alone, where the default config does not fit the pictures or sounds that come with it."""
+class Inputs:
+    """Makes the inputs of a model, and remembers their names."""
+
+    def __init__(self, text_alone: bool = False) -> None:
+        self.text_alone = text_alone
+        self.names = ""
+        self.media = False  # pictures or sounds beside the text
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        made = example_inputs(model, self.text_alone)
+        self.names = ", ".join(made)
+        self.media = any(x.dtype.is_floating_point for x in made.values())
+        return made
+
+
+# Columns that one model serves, one after the other; a step changes it for good, so it comes last.
+TOGETHER = (
+    ("bfloat16", NORMS),
+    ("bfloat16, LoRA",),
+    ("float32", "float32, autocast"),
+    ("float16",),
+)
+
+
+def full_size(model_type: str, inputs: Inputs) -> dict[str, Cell]:
+    """The X-rays of the default config."""
+    import torch
+
     from helpers.weightless import Weightless
 
-    names = ""
-    try:
-        with Weightless():
-            model = subjects.build(default_config(model_type), "bfloat16", FLASH)
-            given = example_inputs(model)
-            alone = example_inputs(model, text_alone=True)
-            names = ", ".join(given)
-            if set(alone) == set(given) or any(x.dtype.is_floating_point for x in alone.values()):
-                return gate.How(), names
-        config = default_config(model_type)
-        subject = subjects.Subject(model_type, config, None)
-        if gate.of_config(subject, gate.How(), "bfloat16", FLASH, ()).ok is None:
-            return gate.How(inputs=alone), ", ".join(alone)
-    except Exception:  # full_size meets it again, and says so
-        pass
-    return gate.How(), names
-
-
-def full_size(model_type: str, column: str, how: Any, inputs: str) -> Cell:
-    dtype, autocast, steps = COLUMNS[column]
     name = model_class(model_type).__name__
-    cell = Cell(model_type, name, column, inputs, UNKNOWN)
-    try:
-        subject = subjects.Subject(model_type, default_config(model_type), None)
-        found = gate.of_config(subject, how._replace(autocast=autocast), dtype, FLASH, steps)
-    except Exception as error:  # what building a model raises, there is no list of
-        said = str(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
-        return cell._replace(error=f"cannot be built: {one_line(said)}")
+    cells = {column: Cell(model_type, name, column, "", UNKNOWN) for column in COLUMNS}
+    for columns in TOGETHER:
+        # A kernel that cannot be loaded would otherwise count as loaded from then on.
+        with state.as_before(), torch.no_grad(), Weightless() as mode:
+            try:
+                config = default_config(model_type)
+                model = subjects.build(config, COLUMNS[columns[0]].dtype, FLASH)
+            except Exception as error:  # what building a model raises, there is no list of
+                why = f"cannot be built: {_said(error)}"
+                cells |= {column: cells[column]._replace(error=why) for column in columns}
+                continue
+            for column in columns:
+                try:
+                    for step in COLUMNS[column].after_load:
+                        model = STEPS[step].apply(model, Context(None, FLASH))
+                    how = gate.How(inputs, COLUMNS[column].autocast)
+                    found = gate.of_built(model, how, mode)
+                except Exception as error:  # of the step, or there is no example of its inputs
+                    cells[column] = cells[column]._replace(error=_said(error))
+                else:
+                    cells[column] = _seen(cells[column], found, inputs.names)
+    return cells
+
+
+def _seen(cell: Cell, found: Any, names: str) -> Cell:
     module, _, line = (found.at or "").partition(", ")
     first = found.first_float32
-    return cell._replace(
+    notes = found.notes if found.ok else ()
+    cell = cell._replace(
+        inputs=names,
         verdict={True: PASSES, False: FAILS, None: UNKNOWN}[found.ok],
         error_type=found.error_type or "",
         error=one_line(found.error or ""),
         module=module,
         line=line,
-        rescue=next((layer.rescue for layer in found.layers if layer.rescue), ""),
-        **(
-            {}
-            if first is None
-            else {
-                "first_module": first.module,
-                "first_kind": first.kind,
-                "first_name": first.name or "",
-                "first_line": first.line,
-            }
-        ),
+        rescue=next((layer.rescue for layer in found.layers if layer.rescue), "")
+        or ("" if found.layers or not found.ok else NO_CALL),
+        cpu_only=next((n.partition(": ")[0] for n in notes if "on CUDA" in n), ""),
     )
+    if first is None:
+        return cell
+    return cell._replace(
+        first_module=first.module,
+        first_kind=first.kind,
+        first_name=first.name or "",
+        first_line=first.line,
+    )
+
+
+def _said(error: Exception) -> str:
+    kind = "" if isinstance(error, PlanError) else f"{type(error).__name__}: "
+    return one_line(f"{kind}{error}")
 
 
 class Small:
     """A small model of the same architecture, with real weights."""
 
-    def __init__(self, model_type: str, text_alone: bool) -> None:
-        self.model_type, self.text_alone = model_type, text_alone
+    def __init__(self, model_type: str, inputs: Inputs) -> None:
+        self.inputs = inputs
         self.config, self.reason = None, ""
         for images in (True, False):
             try:
@@ -195,7 +231,7 @@ class Small:
                 # Without FlashAttention and in one dtype, only the shrinking can be at fault.
                 seconds = self.run("float32", None, (), "eager")
                 if seconds > PATIENCE:
-                    self.reason = f"a pass takes more than {PATIENCE} s"
+                    self.reason = f"a pass of the small model takes longer than {PATIENCE} s"
                     continue
                 return
             except Exception as error:
@@ -208,12 +244,11 @@ class Small:
         """One forward; the seconds it took."""
         import torch
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with state.as_before(), torch.no_grad():
             model = subjects.build(self.config, dtype, attention)
             for step in steps:
                 model = STEPS[step].apply(model, Context(None, attention))
-            inputs = example_inputs(model, self.text_alone)
+            inputs = self.inputs(model)
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             if "use_cache" in inspect.signature(base.forward).parameters:
                 inputs["use_cache"] = False
@@ -248,6 +283,7 @@ def measure(chosen: list[str], jobs: int) -> list[Cell]:
     """Every cell of some model types, in the order of ``chosen`` and COLUMNS."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for model_type in chosen:
+        model_class(model_type)  # imports here, because Transformers' lazy imports know no threads
         waiting.put(model_type)
     found: dict[str, dict[str, Cell]] = {}
 
@@ -272,14 +308,37 @@ class Done(NamedTuple):
     """A worker is through with a model type."""
 
 
+def serve(pipe: Any) -> None:
+    """In a worker: examine what the pipe names, and send each cell as soon as it is there."""
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    backend.activate()
+    gc.disable()  # a fifth of the time; what is in cycles goes now and then
+    with state.listening():
+        for number in itertools.count(1):
+            try:
+                model_type = pipe.recv()
+            except EOFError:
+                return
+            for cell in examine(model_type):
+                pipe.send(cell)
+            pipe.send(Done())
+            if number % 8 == 0:
+                gc.collect()
+
+
 class Worker:
     """A process that examines model types, and that is replaced when it dies or takes too long."""
+
+    target = staticmethod(serve)
 
     def __enter__(self) -> "Worker":
         # Started anew, not forked: a fork would inherit the threads of torch half-way.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=self.target, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
         return self
@@ -295,9 +354,9 @@ class Worker:
             column: Cell(model_type, name, column, "", UNKNOWN, error="not reached")
             for column in COLUMNS
         }
-        self.pipe.send(model_type)
         deadline = time.monotonic() + SECONDS
         try:
+            self.pipe.send(model_type)
             while self.pipe.poll(max(deadline - time.monotonic(), 0)):
                 if isinstance(cell := self.pipe.recv(), Done):
                     return cells
@@ -314,23 +373,6 @@ def _unfinished(cell: Cell, why: str) -> Cell:
     if cell.error == "not reached":
         return cell._replace(error=why)
     return cell if cell.small or cell.verdict == UNKNOWN else cell._replace(small=f"not run: {why}")
-
-
-def serve(pipe: Any) -> None:
-    """In a worker: examine what the pipe names, and send each cell as soon as it is there."""
-    import torch
-
-    torch.set_num_threads(1)
-    backend.activate()
-    with state.listening():
-        while True:
-            try:
-                model_type = pipe.recv()
-            except EOFError:
-                return
-            for cell in examine(model_type):
-                pipe.send(cell)
-            pipe.send(Done())
 
 
 if __name__ == "__main__":
