@@ -84,6 +84,15 @@ class Cell(NamedTuple):
     small: str = ""
 
     @property
+    def words(self) -> str:
+        """The verdict, and what restricts it."""
+        if self.verdict == PASSES and self.cpu_only:
+            return f"{PASSES} on a CPU"
+        if self.verdict == PASSES and self.rescue == NO_CALL:
+            return f"{PASSES}, {NO_CALL}"
+        return self.verdict
+
+    @property
     def failure(self) -> str:
         """The exception in a line."""
         return f"{self.error_type}: {self.error}".strip(": ")
@@ -358,12 +367,8 @@ def _only(atlas: Atlas) -> str:
 
 
 def _verdict(cell: Cell, letters: dict[str, str]) -> str:
-    if cell.verdict == PASSES and cell.cpu_only:
-        return f"{SYMBOL[PASSES]} {PASSES} on a CPU"
-    if cell.verdict == PASSES and cell.rescue == NO_CALL:
-        return f"{SYMBOL[PASSES]} {PASSES}, {NO_CALL}"
     letter = f" ({letters[cell.failure]})" if cell.failure in letters else ""
-    return f"{SYMBOL[cell.verdict]} {cell.verdict}{letter}"
+    return f"{SYMBOL[cell.verdict]} {cell.words}{letter}"
 
 
 def _in_words(column: Column) -> str:

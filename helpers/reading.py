@@ -182,6 +182,9 @@ def read(
         words = f"could not tell: {stopped} asks for numbers that nobody has here ({at})"
         return replace(found, ok=None, verdict=words)
     said = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, NotImplementedError) and layers:  # what the reference kernel lacks
+        layers = (*layers[:-1], layers[-1]._replace(accepted=None))
+        return replace(found, ok=None, layers=layers, verdict=f"could not tell: {said} ({at})")
     if given or _decides(error, tracer):
         return replace(found, ok=False, verdict=f"fails: {said} ({at})")
     return replace(found, ok=None, verdict=f"could not tell: {said} ({at})")
@@ -205,8 +208,6 @@ def _else_on_a_gpu(operations: tuple[Operation, ...]) -> Iterator[str]:
 def _decides(error: Exception, tracer: Tracer) -> bool:
     """Whether an exception is about dtypes, or of the attention function, and not about inputs that
     do not suit the model."""
-    if isinstance(error, NotImplementedError):  # what the reference kernel lacks
-        return False
     if tracer.refused is not None and tracer.refused.error is error:
         return len(set(tracer.refused.operands)) > 1 and "type" in str(error)
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]

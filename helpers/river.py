@@ -171,8 +171,8 @@ def _stops(layer: "Layer", end: Stop | None) -> Iterator[Stop]:
             yield end._replace(name="rescue cast", note=f"{why}. {end.note}")
             return
     if layer.after_rescue is not None:
-        mark, words = ("✔", "accepts") if layer.accepted else ("✖", "refuses")
-        yield Stop("gate", layer.after_rescue, mark=mark, words=words)
+        words = {True: "accepts", False: "refuses", None: "not told, gets"}[layer.accepted]
+        yield Stop("gate", layer.after_rescue, mark=SYMBOL[layer.accepted], words=words)
     elif end is not None:
         yield end._replace(name="attention")
 

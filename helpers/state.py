@@ -10,7 +10,8 @@ from typing import Any
 
 from helpers import backend
 
-LOGGERS = ("transformers", "kernels", "peft")  # of the libraries that speak during a run
+# Of the libraries that speak during a run; PyTorch says what fake tensors cannot do.
+LOGGERS = ("transformers", "kernels", "peft", "torch._subclasses.fake_tensor")
 # What Transformers remembers of a FlashAttention that it loaded: it expects to find it registered.
 # Transformers 4 has some of them.
 FLASH_GLOBALS = (

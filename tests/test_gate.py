@@ -12,7 +12,14 @@ import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
-from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, PhiConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from helpers import checkpoints, subjects
@@ -517,6 +524,17 @@ def test_what_only_the_cpu_computes_is_said():
     ):
         assert quiet.ok
         assert quiet.notes == ()
+
+
+def test_what_the_reference_kernel_lacks_is_no_refusal():
+    """Gemma 2 caps its scores, which the reference kernel does not compute."""
+    found = xray(Gemma2Config(num_hidden_layers=2), dtype="bfloat16")
+    assert (found.ok, found.error_type) == (None, "NotImplementedError")
+    assert "softcap" in found.verdict
+    assert [layer.accepted for layer in found.layers] == [None]
+    assert "⚠ not told" in repr(found)
+    refused = xray(Gemma2Config(num_hidden_layers=2), dtype="float32")
+    assert (refused.ok, refused.error) == (False, REFUSED)
 
 
 class Constant(torch.nn.Module):

@@ -115,6 +115,16 @@ def test_floats_have_no_memory_and_integers_are_real():
         assert [x.item() for x in torch.linspace(0, 1, 3)] == [0, 0.5, 1]
 
 
+def test_a_real_mask_chooses_among_floats_without_data():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    with Weightless():
+        hidden = torch.rand(2, 3, 8)
+        assert hidden[mask].shape == (3, 8)
+        assert hidden[:, torch.tensor([True, False, True])].shape == (2, 2, 8)
+        hidden[mask] = torch.rand(3, 8)
+        assert hidden.shape == (2, 3, 8)
+
+
 def test_what_numbers_decide_is_assumed_or_refused():
     with Weightless():
         scores = torch.rand(3, 8).softmax(-1)
