@@ -17,7 +17,7 @@ from helpers import adapter, backend, checkpoints, state, subjects
 from helpers.backend import Versions, versions
 from helpers.errors import PlanError
 from helpers.files import declared_dtype, file_dtypes, local_folder
-from helpers.gate import How, of_config, traced
+from helpers.gate import How, Trace, of_config, traced
 from helpers.plan import MAX_NEW_TOKENS, LoadPlan, snippet
 from helpers.probe import GateRecord, parameter_dtypes, watch
 from helpers.steps import NEED_WEIGHTS, STEPS, Context
@@ -65,7 +65,7 @@ class Outcome:
             is on there; it was made to count as on a GPU (``probe.watch``).
         xray: of the forward pass; None where it was not reached.
         recorded: not measured now, but read from the record of another environment, which holds no
-            frames, no ``max_logit_gap`` and no ``seconds``.
+            frames, no ``max_logit_gap``, no ``seconds`` and no ``xray``.
     """
 
     plan: LoadPlan
@@ -131,7 +131,7 @@ def load(plan: LoadPlan, path: str, device: str) -> tuple[Any, Any]:
     return model.to(device), AutoTokenizer.from_pretrained(path)
 
 
-def run(plan: LoadPlan, load: Loader = load) -> Outcome:
+def run(plan: LoadPlan, load: Loader = load, look: bool = True) -> Outcome:
     """Carry out the plan and measure.
 
     An exception inside the libraries becomes part of the Outcome. On a CPU under Transformers 4,
@@ -141,6 +141,7 @@ def run(plan: LoadPlan, load: Loader = load) -> Outcome:
 
     Args:
         load: what loads the model and the tokenizer; tools/matrix.py loads once for many plans.
+        look: whether the forward pass is X-rayed, which tools/matrix.py has no use for.
 
     Raises:
         PlanError: the plan itself is at fault.
@@ -163,7 +164,7 @@ def run(plan: LoadPlan, load: Loader = load) -> Outcome:
                 _few_threads(size)
                 reference = _reference(path, plan, size)
                 with state.listening() as (heard, warned):
-                    measured = _measure(plan, path, here, reference, load)
+                    measured = _measure(plan, path, here, reference, load, look)
                 if (files := local_folder(path)) is not None:
                     measured = replace(
                         measured,
@@ -247,6 +248,7 @@ def _measure(
     here: backend.Backend,
     reference: "torch.Tensor | None",
     load: Loader,
+    look: bool,
 ) -> Outcome:
     import torch
 
@@ -273,12 +275,14 @@ def _measure(
             )
         with torch.inference_mode(), _autocast(plan, here):
             try:
-                with traced(model, dict(inputs)) as trace:
+                with traced(model, dict(inputs)) if look else watch(model) as found:
                     logits = model(**inputs).logits
                 logits = logits.float().cpu()
             finally:
-                outcome = replace(outcome, xray=trace.xray)
-                seen["forward"] = list(trace.xray.gate)
+                if isinstance(found, Trace):
+                    outcome = replace(outcome, xray=found.xray)
+                    found = list(found.xray.gate)
+                seen["forward"] = found
             outcome = replace(outcome, stage="generate", finite=bool(logits.isfinite().all()))
             if reference is not None:
                 gap = float((logits - reference).abs().max())

@@ -224,7 +224,7 @@ def test_an_outcome_comes_back_from_its_row(found):
     again = to_outcome(to_row(cell, found, said), found.versions, said)
     assert again.recorded
     assert view.stations(again) == view.stations(found)
-    lost = {"frames": (), "max_logit_gap": None, "seconds": 0.0}
+    lost = {"frames": (), "max_logit_gap": None, "seconds": 0.0, "xray": None}
     nameless = [tuple(replace(r, layer="") for r in g) for g in (found.gate, found.training_gate)]
     assert again == replace(
         found, recorded=True, gate=nameless[0], training_gate=nameless[1], **lost
