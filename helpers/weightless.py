@@ -29,6 +29,7 @@ ASSUMED = (
     " depend on it."
 )
 GROUPED = torch.ops.aten._grouped_mm.default
+READ = 2**20  # elements; larger ones made of integers, such as rotary tables, no model reads
 ENOUGH = 2**22  # elements that an operation may have to be asked at its own shapes
 
 
@@ -96,7 +97,10 @@ class Weightless(FakeTensorMode):
             return trait.assume(result)
         if trait.factory and not types and _makes_floats(func, args, kwargs):
             return self.dispatch(func, types, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.dtype in FLOATS and result.numel() > READ:
+            return self.from_tensor(result)
+        return result
 
     def _grouped(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """The matmul of a mixture of experts in another dtype than bfloat16, which PyTorch's rule

@@ -112,6 +112,7 @@ def test_what_is_stored_comes_back(tmp_path, monkeypatch):
 
 def stuck(pipe):
     """A worker that sends one cell, and then dies or does not come back."""
+    pipe.send(tool.Done())
     name = pipe.recv()
     pipe.send(Cell(name, "X", "float32", "", PASSES))
     if name == "gpt2":

@@ -113,6 +113,8 @@ def test_floats_have_no_memory_and_integers_are_real():
         assert mask.sum(-1).tolist() == [2, 4]
         assert torch.nonzero(mask.flatten()).flatten().tolist() == [2, 3, 4, 5, 6, 7]
         assert [x.item() for x in torch.linspace(0, 1, 3)] == [0, 0.5, 1]
+        assert not isinstance(torch.arange(2**10).float(), FakeTensor)
+        assert isinstance(torch.arange(2**21).float(), FakeTensor)
 
 
 def test_a_real_mask_chooses_among_floats_without_data():

@@ -305,7 +305,7 @@ def measure(chosen: list[str], jobs: int) -> list[Cell]:
 
 
 class Done(NamedTuple):
-    """A worker is through with a model type."""
+    """A worker is through with its start, or with a model type."""
 
 
 def serve(pipe: Any) -> None:
@@ -317,6 +317,7 @@ def serve(pipe: Any) -> None:
     backend.activate()
     gc.disable()  # a fifth of the time; what is in cycles goes now and then
     with state.listening():
+        pipe.send(Done())  # with its imports
         for number in itertools.count(1):
             try:
                 model_type = pipe.recv()
@@ -341,6 +342,7 @@ class Worker:
         self.process = context.Process(target=self.target, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        self.pipe.recv()  # it has imported what it needs, which is not the model type's time
         return self
 
     def __exit__(self, *_: object) -> None:
