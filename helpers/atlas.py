@@ -8,12 +8,12 @@ import csv
 import difflib
 import functools
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from helpers import kept
 from helpers.errors import PlanError
 
 if TYPE_CHECKING:
@@ -136,25 +136,14 @@ def stored() -> Atlas:
 
 def write(atlas: Atlas, generation: str = "5") -> None:
     """Store an atlas and its page; an interrupted call leaves the old ones."""
-    FOLDER.mkdir(exist_ok=True)
-    unknown, bugs = reasons(atlas), found_bugs(atlas)
     about = {
         "versions": atlas.versions,
         "columns": {name: column._asdict() for name, column in COLUMNS.items()},
         "verdicts": counts(atlas),
-        "could not tell": unknown,
-        "bugs": [bug._asdict() for bug in bugs],
+        "could not tell": reasons(atlas),
+        "bugs": [bug._asdict() for bug in found_bugs(atlas)],
     }
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=FOLDER) as new:
-        files = [Path(new) / f"transformers-{generation}.{end}" for end in ("json", "csv")]
-        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-        files[0].write_text(text, "utf-8", newline="\n")
-        with files[1].open("w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(Cell._fields)
-            lines.writerows(atlas.cells)
-        for path in files:
-            path.replace(FOLDER / path.name)
+    kept.write(FOLDER, f"transformers-{generation}", about, Cell._fields, atlas.cells)
     PAGE.write_text(page(atlas), "utf-8", newline="\n")
 
 
@@ -396,18 +385,8 @@ def _flat(text: str) -> str:
 
 def differences(old: Iterable[Cell], new: Iterable[Cell]) -> Iterator[str]:
     """One line for each cell that is new, gone or different, field by field."""
-    before = {(cell.model_type, cell.column): cell for cell in old}
-    after = {(cell.model_type, cell.column): cell for cell in new}
-    for key in dict.fromkeys([*before, *after]):
-        one, other = _fields(before.get(key)), _fields(after.get(key))
-        changed = [
-            f"{name}: {one.get(name)!r} -> {other.get(name)!r}"
-            for name in dict.fromkeys([*one, *other])
-            if one.get(name) != other.get(name)
-        ]
-        if changed:
-            yield f"{' | '.join(key)}: {'; '.join(changed)}"
-
-
-def _fields(cell: Cell | None) -> dict[str, Any]:
-    return cell._asdict() if cell is not None else {}
+    before, after = (
+        {f"{cell.model_type} | {cell.column}": cell._asdict() for cell in cells}
+        for cells in (old, new)
+    )
+    return kept.differences(before, after)

@@ -51,13 +51,13 @@ def _run(plan: LoadPlan, as_json: bool) -> int:
 def _xray(given: argparse.Namespace) -> int:
     from helpers.gate import xray
 
-    steps = [*(["lora"] if given.lora else []), *(["norms_float"] if given.norms else [])]
+    asked = {"lora": given.lora, "norms_float": given.norms}
     try:
         found = xray(
             given.model,
             dtype=given.dtype,
             autocast=given.autocast,
-            after_load=steps,
+            after_load=tuple(step for step, wanted in asked.items() if wanted),
             decode=given.decode,
             trust_remote_code=given.trust_remote_code,
         )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers import backend, state, subjects
 from helpers.errors import PlanError
-from helpers.files import dtype_name, listed, shortened
+from helpers.files import listed, shortened
+from helpers.plan import LoadPlan
 from helpers.probe import GateRecord, parameter_dtypes, watch
 from helpers.steps import NEED_WEIGHTS, STEPS, Context
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from helpers.tracer import Tracer
     from helpers.weightless import Weightless
 
+CACHES = (None, "dynamic", "static")
+
 
 def xray(
     what: Any,
@@ -30,7 +33,7 @@ def xray(
     dtype: str | None = None,
     attention: str = "flash_attention_2",
     autocast: str | None = None,
-    after_load: Iterable[str] = (),
+    after_load: tuple[str, ...] = (),
     size: str | None = None,
     cache: str | None = None,
     decode: bool = False,
@@ -64,24 +67,35 @@ def xray(
     """
     import torch
 
-    steps = (after_load,) if isinstance(after_load, str) else tuple(after_load)
-    dtype, autocast = (None if x is None else dtype_name(x) for x in (dtype, autocast))
-    _check(dtype, attention, autocast, steps, size, cache)
+    plan = LoadPlan(
+        dtype="auto" if dtype is None else dtype,
+        attention=attention,
+        autocast=autocast,
+        after_load=after_load,
+    )
+    if needy := [step for step in plan.after_load if step in NEED_WEIGHTS]:
+        raise PlanError(
+            f"after_load has {needy[0]!r}, which needs weights: do it to a model, and give that."
+        )
+    plan.check()
+    for name, value, known in (("size", size, (None, "full")), ("cache", cache, CACHES)):
+        if value not in known:
+            raise PlanError(f"{name}={value!r} is not known: use one of {listed(known)}.")
     is_live = isinstance(what, torch.nn.Module)
-    if is_live and (dtype is not None or steps or attention != "flash_attention_2"):
+    if is_live and (dtype is not None or plan.after_load or attention != "flash_attention_2"):
         raise PlanError(
             "A live model has its dtypes, its attention and its adapters: leave out dtype=,"
             " attention= and after_load=, or give its config."
         )
-    how = How(inputs, autocast, "dynamic" if decode and cache is None else cache, decode)
+    how = How(inputs, plan.autocast, "dynamic" if decode and cache is None else cache, decode)
     with state.as_before(), state.listening() as (heard, _warned):
         here = backend.activate() if attention == "flash_attention_2" else backend.detect()
         if is_live:
             found = _of_live(what, how, weightless=size == "full")
         else:
             subject = subjects.find(what, trust_remote_code)
-            wanted = subject.dtype if dtype in (None, "auto", "omitted") else dtype
-            found = of_config(subject, how, wanted, attention, steps)
+            wanted = subject.dtype if plan.dtype in ("auto", "omitted") else plan.dtype
+            found = of_config(subject, how, wanted, attention, plan.after_load)
     logs = tuple(dict.fromkeys(heard))
     return replace(found, logs=logs, versions=backend.versions(), backend=here.name)
 
@@ -101,7 +115,7 @@ def of_config(
     """The X-ray of a model that is built without weights; FlashAttention is switched on already."""
     import torch
 
-    from helpers.weightless import ASSUMED, Weightless
+    from helpers.weightless import Weightless
 
     with torch.random.fork_rng(devices=[]), Weightless() as mode, torch.no_grad():
         model = subjects.build(subject.config, dtype, attention)
@@ -110,28 +124,36 @@ def of_config(
             model = STEPS[step].apply(model, Context(None, attention))
         found = of_built(model, how, mode)
     name = f"{subject.name} ({type(model).__name__}, {', '.join((dtype or 'omitted', *steps))})"
-    notes = (*found.notes, *((ASSUMED,) if mode.assumed else ()))
+    notes = found.notes
     if (quantization := getattr(subject.config, "quantization_config", None)) is not None:
         method = dict(quantization).get("quant_method", "unknown")
         notes = (
             f"The config asks for quantization ({method}); without weights none was done.",
             *notes,
         )
-    return replace(found, subject=name, loaded=loaded, weightless=True, notes=notes)
+    return replace(found, subject=name, loaded=loaded, notes=notes)
 
 
 def of_built(model: Any, how: How, mode: "Weightless") -> "XRay":
     """The X-ray of a model that was built in this mode."""
     inputs, _ = _inputs(model, how)
     tracer = _tracer(model, inputs, model.named_parameters(), model.named_buffers())
-    return _look(model, model, inputs, how, tracer, mode.shown_to(tracer), False)
+    return _marked(_look(model, model, inputs, how, tracer, mode.shown_to(tracer), False), mode)
+
+
+def _marked(found: "XRay", mode: "Weightless") -> "XRay":
+    """With what is to be known of an X-ray without data."""
+    from helpers.weightless import ASSUMED
+
+    notes = (*found.notes, ASSUMED) if mode.assumed else found.notes
+    return replace(found, weightless=True, notes=notes)
 
 
 def _of_live(model: Any, how: How, weightless: bool) -> "XRay":
     import torch
 
     from helpers.tracer import Watching
-    from helpers.weightless import ASSUMED, Weightless
+    from helpers.weightless import Weightless
 
     inputs, given = _inputs(model, how)
     with _left_as_it_was(model), torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
@@ -148,8 +170,7 @@ def _of_live(model: Any, how: How, weightless: bool) -> "XRay":
                 return torch.func.functional_call(model, tensors, kwargs=kwargs)
 
             found = _look(model, forward, inputs, how, tracer, mode.shown_to(tracer), given)
-    notes = (*found.notes, *((ASSUMED,) if mode.assumed else ()))
-    return replace(found, weightless=True, notes=notes)
+    return _marked(found, mode)
 
 
 class Trace:
@@ -296,28 +317,3 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
-
-
-def _check(
-    dtype: str | None,
-    attention: str,
-    autocast: str | None,
-    steps: tuple[str, ...],
-    size: str | None,
-    cache: str | None,
-) -> None:
-    for name, value, known in (
-        ("dtype", dtype, ("omitted", "auto", "bfloat16", "float16", "float32")),
-        ("attention", attention, ("flash_attention_2", "sdpa", "eager")),
-        ("autocast", autocast, ("bfloat16", "float16")),
-        ("size", size, ("full",)),
-        ("cache", cache, ("dynamic", "static")),
-    ):
-        if value is not None and value not in known:
-            raise PlanError(f"{name}={value!r} is not known: use one of {listed(known)}.")
-    if unknown := [step for step in steps if step not in STEPS]:
-        raise PlanError(f"after_load has {unknown[0]!r}: use steps from {listed(STEPS)}.")
-    if needy := [step for step in steps if step in NEED_WEIGHTS]:
-        raise PlanError(
-            f"after_load has {needy[0]!r}, which needs weights: do it to a model, and give that."
-        )

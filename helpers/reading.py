@@ -339,7 +339,6 @@ def _harmless(tracer: Tracer, harmful: set[Origin]) -> tuple[Harmless, ...]:
     """The float32 that went nowhere, alike ones together."""
     kinds = {one.module: one.kind for one in tracer.returned}
     alike: dict[tuple[str, str, str], list[str]] = {}
-    lines: dict[tuple[str, str, str], str] = {}
     for origin in tracer.origins:
         if origin in harmful or "scaled_dot_product" in origin.operation:
             continue
@@ -348,10 +347,9 @@ def _harmless(tracer: Tracer, harmful: set[Origin]) -> tuple[Harmless, ...]:
         what = _meant(origin, kinds.get(origin.module, ""))
         key = (what, re.sub(r"\d+", "*", origin.module), origin.line)
         alike.setdefault(key, []).append(origin.module)
-        lines.setdefault(key, origin.line)
     return tuple(
-        Harmless(key[0], ranged(modules), len(modules), lines[key])
-        for key, modules in alike.items()
+        Harmless(what, ranged(modules), len(modules), line)
+        for (what, _, line), modules in alike.items()
     )
 
 

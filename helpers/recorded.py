@@ -7,12 +7,11 @@ import csv
 import functools
 import itertools
 import json
-import tempfile
 from collections.abc import Collection, Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers import checkpoints, matrix
+from helpers import checkpoints, kept, matrix
 from helpers.backend import Versions
 from helpers.errors import PlanError
 from helpers.experiment import Outcome
@@ -63,21 +62,11 @@ def _about(generation: str) -> Record:
 
 def write(generation: str, record: Record) -> None:
     """Store a record; an interrupted call leaves the old one."""
-    FOLDER.mkdir(exist_ok=True)
     stories = {
         story: [event._asdict() for event in events] for story, events in record.stories.items()
     }
     about = {"versions": record.versions, "said": record.said, "stories": stories}
-    text = json.dumps(about, indent=1) + "\n"
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=FOLDER) as new:
-        files = [Path(new) / f"transformers-{generation}.{end}" for end in ("json", "csv")]
-        files[0].write_text(text, "utf-8", newline="\n")
-        with files[1].open("w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(Row._fields)
-            lines.writerows(record.rows)
-        for path in files:
-            path.replace(FOLDER / path.name)
+    kept.write(FOLDER, f"transformers-{generation}", about, Row._fields, record.rows)
 
 
 @functools.cache

@@ -14,7 +14,6 @@ import functools
 import gc
 import inspect
 import itertools
-import logging
 import multiprocessing
 import os
 import queue
@@ -313,7 +312,6 @@ def serve(pipe: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     backend.activate()
     gc.disable()  # a fifth of the time; what is in cycles goes now and then
     with state.listening():

@@ -21,7 +21,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from helpers import backend, checkpoints, recorded, state
+from helpers import backend, checkpoints, kept, recorded, state
 from helpers.backend import Versions, versions
 from helpers.experiment import Outcome, load, run
 from helpers.matrix import Cell, cells, to_row
@@ -150,15 +150,7 @@ def differences(then: recorded.Record, now: recorded.Record) -> Iterator[str]:
     pair = before["versions"]["transformers"], after["versions"]["transformers"]
     if pair == ON_PYTHON_310 and now.versions["python"].startswith("3.10."):
         after["versions"]["transformers"] = pair[0]
-    for name in dict.fromkeys([*before, *after]):
-        old, new = before.get(name, {}), after.get(name, {})
-        changed = [
-            f"{field}: {old.get(field)!r} -> {new.get(field)!r}"
-            for field in dict.fromkeys([*old, *new])
-            if old.get(field) != new.get(field)
-        ]
-        if changed:
-            yield f"{name}: {'; '.join(changed)}"
+    return kept.differences(before, after)
 
 
 def releases(versions: Versions) -> dict[str, str]:
