@@ -20,13 +20,16 @@ from benchmarks.table import Row, interleave, render
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "01_reproduce_the_error.ipynb"
 CHECKPOINT = "fp32"  # the one that notebook 01 loads
+FULL_SIZE = "Qwen1.5-7B"  # the one that it shows at its own size
 
 
 def notebook(quick: bool) -> Iterator[Row]:
-    """Notebook 01, from kernel start to the last reply; a script that loads twice and forwards."""
-    from helpers import checkpoints
+    """Notebook 01, from kernel start to the last reply; a script that loads twice and forwards, and
+    once more at full size on fake tensors."""
+    from helpers import checkpoints, subjects
 
-    bare = partial(processes.bare, checkpoints.get(CHECKPOINT))
+    config = subjects.shipped()[FULL_SIZE]["config"]
+    bare = partial(processes.bare, checkpoints.get(CHECKPOINT), config)
     sides = interleave(partial(processes.notebook, NOTEBOOK), bare, 3 if quick else 9)
     yield Row("notebook 01", "s", *([m.seconds for m in side] for side in sides), 1.25)
     yield Row("  of it, kernel start", "s", [m.ready for m in sides[0]])

@@ -1,5 +1,6 @@
 """Notebook 01 and its floor, each in a process of its own."""
 
+import json
 import subprocess
 import sys
 import time
@@ -49,9 +50,9 @@ def notebook(path: Path) -> Measured:
         manager.shutdown_kernel(now=True)
 
 
-def bare(checkpoint: Path) -> Measured:
+def bare(checkpoint: Path, config: dict) -> Measured:
     """Run bare.py. RuntimeError: it fails."""
-    command = [sys.executable, str(HERE / "bare.py"), str(checkpoint)]
+    command = [sys.executable, str(HERE / "bare.py"), str(checkpoint), json.dumps(config)]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         done = process.stdout.readline()

@@ -23,7 +23,9 @@ GRID = 8  # patches along each side of a picture whose size is free; a multiple 
 IMAGE = 224  # pixels along each side, where a config says nothing of it
 
 
-def example_inputs(model: Any, text_alone: bool = False) -> dict[str, Any]:
+def example_inputs(
+    model: Any, text_alone: bool = False, counts: dict[str, int] | None = None
+) -> dict[str, Any]:
     """What the model's forward takes: token ids, and what else its signature, its config and its
     ``main_input_name`` ask for, for a batch of BATCH.
 
@@ -31,12 +33,13 @@ def example_inputs(model: Any, text_alone: bool = False) -> dict[str, Any]:
     of most of the model's weights, because that is what people cast them to. A model that
     takes pictures or sound besides text gets them, with as many placeholders in the text as its own
     ``get_image_features`` or ``get_audio_features`` returns features; with ``text_alone``, and
-    where its forward can do without, it gets none.
+    where its forward can do without, it gets none. ``counts`` remembers how many features those
+    were, for the next model of the same config: counting them runs half a model.
 
     Raises:
         PlanError: nobody knows what it takes.
     """
-    return _Example(model, text_alone).inputs()
+    return _Example(model, text_alone, {} if counts is None else counts).inputs()
 
 
 def configs(config: Any) -> Iterator[Any]:
@@ -51,10 +54,11 @@ def configs(config: Any) -> Iterator[Any]:
 class _Example:
     """The inputs of one model, name by name."""
 
-    def __init__(self, model: Any, text_alone: bool) -> None:
+    def __init__(self, model: Any, text_alone: bool, counts: dict[str, int]) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.model.config
         self.text_alone = text_alone
+        self.counts = counts
         self.takes = inspect.signature(self.model.forward).parameters
         sizes: Counter[torch.dtype] = Counter()
         for parameter in self.model.parameters():
@@ -123,7 +127,9 @@ class _Example:
             media = {name: value for name, value in found.items() if name in inputs}
             token = self.of(f"{kind}_token_id", f"{kind}_token_index")
             if media and isinstance(token, int):
-                count = self.features(kind, media)
+                if kind not in self.counts and (counted := self.features(kind, media)):
+                    self.counts[kind] = counted
+                count = self.counts.get(kind, 1)
                 start = self.of(f"{'vision' if kind != 'audio' else kind}_start_token_id")
                 opening = [start] if isinstance(start, int) else []
                 row += [*opening, *[token] * count]
@@ -136,19 +142,19 @@ class _Example:
                 found[name] = torch.tensor([types + [0] * rest.shape[1]] * BATCH)
 
     def features(self, kind: str, media: dict[str, Any]) -> int:
-        """How many features a row of the batch has, as the model's own method returns them. Where
-        that raises, so will the forward, before it counts."""
+        """How many features a row of the batch has, as the model's own method returns them. 0 where
+        that raises, as the forward will, before it counts."""
         owners = [m for m in self.model.modules() if hasattr(m, f"get_{kind}_features")]
         if not owners:
-            return 1
+            return 0
         method = getattr(owners[0], f"get_{kind}_features")
         takes = inspect.signature(inspect.unwrap(method)).parameters
         given = {name: value for name, value in media.items() if name in takes}
         for autocast in (False, True):  # where the forward will be in such a region
             region = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
             with contextlib.suppress(Exception), torch.no_grad(), region:
-                return max(_vectors(method(**given)) // BATCH, 1)
-        return 1
+                return _vectors(method(**given)) // BATCH
+        return 0
 
 
 # What comes besides text, and the names of the inputs in which it comes.

@@ -210,7 +210,7 @@ def _decides(error: Exception, tracer: Tracer) -> bool:
     do not suit the model."""
     if tracer.refused is not None and tracer.refused.error is error:
         return len(set(tracer.refused.operands)) > 1 and "type" in str(error)
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    files = [frame.filename for frame in _stack(error)]
     return any("flash_attention" in Path(file).name for file in files) or any(
         word in str(error) for word in ("dtype", "scalar type")
     )
@@ -218,8 +218,7 @@ def _decides(error: Exception, tracer: Tracer) -> bool:
 
 def _at(tracer: Tracer, error: Exception) -> str:
     """The module and the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(PASSED_OVER)]
+    own = [frame for frame in _stack(error) if not frame.filename.startswith(PASSED_OVER)]
     line = line_at(own[-1].filename, own[-1].lineno or 0) if own else "no line of the model"
     return f"{tracer.module or 'the model itself'}, {line}"
 
@@ -385,7 +384,7 @@ def frames(error: BaseException) -> tuple[str, ...]:
     """The frames of the libraries, without this package's own and with paths from site-packages."""
     own = Path(__file__).parent
     frames = []
-    for frame in traceback.extract_tb(error.__traceback__):
+    for frame in _stack(error):
         file = Path(frame.filename)
         if own in file.parents and "reference_kernel" not in file.parts:
             continue
@@ -395,3 +394,10 @@ def frames(error: BaseException) -> tuple[str, ...]:
             continue
         frames.append(traceback.FrameSummary(short, frame.lineno, frame.name, line=frame.line))
     return tuple(line.rstrip() for line in traceback.format_list(frames))
+
+
+def _stack(error: BaseException) -> traceback.StackSummary:
+    """The frames of a traceback; their lines are read when asked for, because some of the files
+    that are passed over are large."""
+    walked = traceback.walk_tb(error.__traceback__)
+    return traceback.StackSummary.extract(walked, lookup_lines=False)

@@ -23,6 +23,7 @@ FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16}
 FACTORIES = frozenset(
     {"empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "normal"}
 )
+FILLS = frozenset({"normal_", "uniform_", "random_", "bernoulli_", "zero_", "fill_"})
 ASSUMED = (
     "A choice among the largest values (topk, sort, argmax) takes the first ones, no value is inf"
     " or NaN, and of tests of unknown numbers any() is False and all() is True; the dtypes do not"
@@ -83,6 +84,8 @@ class Weightless(FakeTensorMode):
 
     def _run(self, trait: "_Traits", func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if FakeTensor in types:
+            if trait.fills and isinstance(args[0], FakeTensor):
+                return args[0]  # weights are initialised: most of the time of building a model
             if trait.indexes:
                 args = [args[0], _counted(args[1]), *args[2:]]
             args, dtypes = self._fakes(args)
@@ -152,12 +155,13 @@ class Weightless(FakeTensorMode):
 
 class _Traits(NamedTuple):
     """What there is to know about an operation: it asks for a device and computes nothing; mixed
-    dtypes promote each other in it; it makes a tensor of nothing; it takes a list of indices; what
-    is assumed of its result."""
+    dtypes promote each other in it; it makes a tensor of nothing; it gives a tensor other numbers;
+    it takes a list of indices; what is assumed of its result."""
 
     asks: bool
     promotes: bool
     factory: bool
+    fills: bool
     indexes: bool
     assume: Callable[[Any], Any] | None
 
@@ -171,6 +175,7 @@ def _traits(func: Any) -> _Traits:
         name.startswith("prim::"),
         torch.Tag.pointwise in func.tags,
         name.partition("::")[2] in FACTORIES,
+        name.partition("::")[2] in FILLS,
         name in ("aten::index", "aten::index_put", "aten::index_put_"),
         _ASSUME.get(name),
     )

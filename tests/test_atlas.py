@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import atlas as tool
@@ -135,3 +136,14 @@ def test_a_worker_that_hangs_or_dies_is_replaced(model_type, why, monkeypatch):
     assert cells[0].small.startswith("not run: ")
     for one in cells[1:]:
         assert re.fullmatch(why, one.error)
+
+
+def test_a_small_model_that_takes_too_long_is_left(monkeypatch):
+    with state.listening():
+        monkeypatch.setattr(tool, "PATIENCE", 600)
+        assert tool.Small("qwen2").reason == ""
+        monkeypatch.setattr(tool, "PATIENCE", 0)
+        left = tool.Small("qwen2")
+        assert left.reason == "a pass of the small model takes longer than 0 s"
+        assert left.config is None
+    assert not torch.nn.modules.module._global_forward_pre_hooks

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from helpers import atlas, backend, gate, state, subjects
@@ -126,22 +127,24 @@ def examine(model_type: str) -> Iterator[Cell]:
         if text["bfloat16"].verdict != UNKNOWN:
             given, looked = alone, text
     yield from looked.values()
-    small = Small(model_type, given)
-    for cell in looked.values():
-        if cell.verdict != UNKNOWN:
-            yield cell._replace(small=small.compare(cell))
+    told = [[looked[x] for x in some if looked[x].verdict != UNKNOWN] for some in TOGETHER]
+    if any(told):
+        small = Small(model_type, given.text_alone)
+        for cells in told:
+            yield from small.compare(cells)
 
 
 class Inputs:
-    """Makes the inputs of a model, and remembers their names."""
+    """Makes the inputs of the models of one config, and remembers their names."""
 
     def __init__(self, text_alone: bool = False) -> None:
         self.text_alone = text_alone
+        self.counts: dict[str, int] = {}
         self.names = ""
         self.media = False  # pictures or sounds beside the text
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        made = example_inputs(model, self.text_alone)
+        made = example_inputs(model, self.text_alone, self.counts)
         self.names = ", ".join(made)
         self.media = any(x.dtype.is_floating_point for x in made.values())
         return made
@@ -220,52 +223,85 @@ def _said(error: Exception) -> str:
 class Small:
     """A small model of the same architecture, with real weights."""
 
-    def __init__(self, model_type: str, inputs: Inputs) -> None:
-        self.inputs = inputs
+    def __init__(self, model_type: str, text_alone: bool = False) -> None:
+        import torch
+
         self.config, self.reason = None, ""
         for images in (True, False):
             try:
+                self.inputs = Inputs(text_alone)
                 self.config = small_config(default_config(model_type), images)
                 self.reason = ""
                 # Without FlashAttention and in one dtype, only the shrinking can be at fault.
-                seconds = self.run("float32", None, (), "eager")
-                if seconds > PATIENCE:
-                    self.reason = f"a pass of the small model takes longer than {PATIENCE} s"
-                    continue
+                with state.as_before(), torch.no_grad():
+                    self.run(subjects.build(self.config, "float32", "eager"), None, _patient())
                 return
+            except _TooLong:
+                self.reason = f"a pass of the small model takes longer than {PATIENCE} s"
+                break  # with larger pictures it takes no less
             except Exception as error:
                 self.reason = one_line(f"{type(error).__name__}: {error}")
         self.config = None
 
     def run(
-        self, dtype: str, autocast: str | None, steps: tuple[str, ...], attention: str
-    ) -> float:
-        """One forward; the seconds it took."""
+        self, model: Any, autocast: str | None, watch: AbstractContextManager[None] | None = None
+    ) -> None:
+        """One forward."""
         import torch
 
-        with state.as_before(), torch.no_grad():
-            model = subjects.build(self.config, dtype, attention)
-            for step in steps:
-                model = STEPS[step].apply(model, Context(None, attention))
-            inputs = self.inputs(model)
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            if "use_cache" in inspect.signature(base.forward).parameters:
-                inputs["use_cache"] = False
-            region = torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), bool(autocast))
-            started = time.perf_counter()
-            with region:
-                model(**inputs)
-            return time.perf_counter() - started
+        inputs = self.inputs(model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if "use_cache" in inspect.signature(base.forward).parameters:
+            inputs["use_cache"] = False
+        region = torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), bool(autocast))
+        with region, watch or nullcontext():
+            model(**inputs)
 
-    def compare(self, cell: Cell) -> str:
+    def compare(self, cells: list[Cell]) -> list[Cell]:
+        """The cells of columns that one model serves, with what it did."""
+        import torch
+
         if self.config is None:
-            return f"not run: {self.reason}"
-        raised = ""
-        try:
-            self.run(*COLUMNS[cell.column], FLASH)
-        except Exception as error:
-            raised = f"{type(error).__name__}: {one_line(str(error))}".strip(": ")
-        return "agrees" if _same(raised, cell.failure) else f"differs: {raised or PASSES}"
+            return [cell._replace(small=f"not run: {self.reason}") for cell in cells]
+        model, done = None, []
+        with state.as_before(), torch.no_grad():
+            for cell in cells:
+                dtype, autocast, steps = COLUMNS[cell.column]
+                raised = ""
+                try:
+                    if model is None:
+                        model = subjects.build(self.config, dtype, FLASH)
+                    for step in steps:
+                        model = STEPS[step].apply(model, Context(None, FLASH))
+                    self.run(model, autocast)
+                except Exception as error:
+                    raised = f"{type(error).__name__}: {one_line(str(error))}".strip(": ")
+                agrees = _same(raised, cell.failure)
+                small = "agrees" if agrees else f"differs: {raised or PASSES}"
+                done.append(cell._replace(small=small))
+        return done
+
+
+class _TooLong(Exception):
+    """A pass of a small model."""
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """The block ends with _TooLong at the first module that it calls after PATIENCE."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    started = time.perf_counter()
+
+    def look(_module: Any, _inputs: Any) -> None:
+        if time.perf_counter() - started > PATIENCE:
+            raise _TooLong
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _same(one: str, other: str) -> bool:
