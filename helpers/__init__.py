@@ -10,6 +10,7 @@ TYPE_CHECKING = False  # what type checkers take for True; importing typing cost
 if TYPE_CHECKING:
     from helpers.backend import versions
     from helpers.checklist import same_dtype
+    from helpers.doctor.ask import diagnose, why
     from helpers.errors import PlanError
     from helpers.experiment import Outcome, run
     from helpers.gate import xray
@@ -20,6 +21,8 @@ _HOME_OF = {
     "LoadPlan": "helpers.plan",
     "Outcome": "helpers.experiment",
     "PlanError": "helpers.errors",
+    "diagnose": "helpers.doctor.ask",
+    "why": "helpers.doctor.ask",
     "run": "helpers.experiment",
     "same_dtype": "helpers.checklist",
     "versions": "helpers.backend",
@@ -27,7 +30,18 @@ _HOME_OF = {
     "xray": "helpers.gate",
 }
 
-__all__ = ["LoadPlan", "Outcome", "PlanError", "explore", "run", "same_dtype", "versions", "xray"]
+__all__ = [
+    "LoadPlan",
+    "Outcome",
+    "PlanError",
+    "diagnose",
+    "explore",
+    "run",
+    "same_dtype",
+    "versions",
+    "why",
+    "xray",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -36,5 +50,5 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'helpers' has no attribute {name!r}")
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":
     return sorted([*globals(), *_HOME_OF])

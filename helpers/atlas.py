@@ -264,6 +264,7 @@ def _page(atlas: Atlas) -> Iterator[str]:
     types, versions = atlas.types(), atlas.versions
     letters = _letters(atlas)
     compared = Counter(cell.small.partition(":")[0] for cell in atlas.cells)
+    with_verdict = sum(cell.verdict != UNKNOWN for cell in atlas.cells)
     yield "# Atlas: does my architecture survive float32 norms?"
     yield ""
     yield (
@@ -291,9 +292,11 @@ def _page(atlas: Atlas) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{compared['agrees']} cells also ran for real, with random weights and a config with few"
-        " layers, heads, experts and words, and did the same: verdict, exception type and message"
-        f" (numbers aside, which are sizes). {compared['differs']} did something else."
+        f"Of {with_verdict} cells with a verdict {compared['agrees']} also ran for real, with"
+        " random weights and a config with few layers, heads, experts and words, and did the same:"
+        " verdict, exception type and message (numbers aside, which are sizes)."
+        f" {compared['differs']} did something else, and {compared['not run']} could not be run"
+        " small (the data say why)."
     )
     yield ""
     yield from _markdown(

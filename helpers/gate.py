@@ -5,6 +5,7 @@ A live model runs its own forward. A config runs at its own size on tensors that
 
 import contextlib
 import inspect
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers import backend, state, subjects
 from helpers.errors import PlanError
-from helpers.files import listed, shortened
+from helpers.files import first_sentence, listed, shortened
 from helpers.plan import LoadPlan
 from helpers.probe import GateRecord, parameter_dtypes, watch
 from helpers.steps import NEED_WEIGHTS, STEPS, Context
@@ -118,7 +119,15 @@ def of_config(
     from helpers.weightless import Weightless
 
     with torch.random.fork_rng(devices=[]), Weightless() as mode, torch.no_grad():
-        model = subjects.build(subject.config, dtype, attention)
+        try:
+            model = subjects.build(subject.config, dtype, attention)
+        except PlanError:
+            raise
+        except Exception as error:  # what building a model raises, there is no list of
+            raise PlanError(
+                f"{subject.name} cannot be built from its config ({type(error).__name__}:"
+                f" {first_sentence(error)}): give another config, or a live model."
+            ) from error
         loaded = parameter_dtypes(model)
         for step in steps:
             model = STEPS[step].apply(model, Context(None, attention))
@@ -136,9 +145,9 @@ def of_config(
 
 def of_built(model: Any, how: How, mode: "Weightless") -> "XRay":
     """The X-ray of a model that was built in this mode."""
-    inputs, _ = _inputs(model, how)
+    inputs, given = _inputs(model, how)
     tracer = _tracer(model, inputs, model.named_parameters(), model.named_buffers())
-    return _marked(_look(model, model, inputs, how, tracer, mode.shown_to(tracer), False), mode)
+    return _marked(_look(model, model, inputs, how, tracer, mode.shown_to(tracer), given), mode)
 
 
 def _marked(found: "XRay", mode: "Weightless") -> "XRay":
@@ -221,10 +230,16 @@ def _look(
 ) -> "XRay":
     """The X-ray of one forward, whatever it raises."""
     with _region(model, how.autocast):
-        kwargs = _with_cache(model, forward, inputs, how)
+        kwargs = _prompt(model, inputs, how)
+        notes: tuple[str, ...] = ()
+        if how.decode:
+            try:
+                kwargs = _next(forward, inputs, kwargs)
+            except Exception:  # it is raised again, where it is seen
+                notes = ("This is the prompt's pass, which fails before a token is decoded.",)
         with contextlib.suppress(Exception), _traced(model, tracer, shown, given) as trace:
             forward(**kwargs)
-    return trace.xray
+    return replace(trace.xray, notes=(*notes, *trace.xray.notes))
 
 
 def _tracer(
@@ -247,6 +262,11 @@ def _inputs(model: Any, how: How) -> tuple[dict[str, Any], bool]:
     """What the forward gets, on the model's device, and whether the caller has given it."""
     from helpers.examples import example_inputs
 
+    if how.inputs is None and not hasattr(model, "config"):
+        raise PlanError(
+            f"{type(model).__name__} has no config that says what its forward gets: give inputs=, a"
+            " dictionary of its arguments."
+        )
     make = how.inputs if callable(how.inputs) else example_inputs
     given = how.inputs is not None and make is not how.inputs
     inputs = _named(how.inputs) if given else make(model)
@@ -275,10 +295,8 @@ def _region(model: Any, autocast: str | None) -> Any:
     return torch.autocast(device, dtype=getattr(torch, autocast))
 
 
-def _with_cache(
-    model: Any, forward: Callable[..., Any], inputs: dict[str, Any], how: How
-) -> dict[str, Any]:
-    """The arguments of the pass that is shown: of the prompt, or of one more token after it."""
+def _prompt(model: Any, inputs: dict[str, Any], how: How) -> dict[str, Any]:
+    """The arguments of the pass of the prompt."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes = inspect.signature(base.forward).parameters
     if how.cache is None:
@@ -290,8 +308,13 @@ def _with_cache(
         from transformers import StaticCache
 
         first["past_key_values"] = StaticCache(config=base.config, max_cache_len=64)
-    if not how.decode:
-        return first
+    return first
+
+
+def _next(
+    forward: Callable[..., Any], inputs: dict[str, Any], first: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of the pass of one more token, after the prompt's."""
     import torch
 
     with torch.no_grad():
@@ -304,16 +327,23 @@ def _with_cache(
 
 @contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Random state and buffers, which a forward in training mode moves."""
+    """Random state and buffers, which a forward may move, in training mode and otherwise."""
     import torch
 
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    buffers = {n: b.clone() for n, b in model.named_buffers()} if model.training else {}
+    buffers = [
+        (m, n, b, b.clone())
+        for m in model.modules()
+        for n, b in m._buffers.items()
+        if b is not None
+    ]
+    python = random.getstate()
     try:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
+        random.setstate(python)
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+            for module, name, buffer, content in buffers:
+                module._buffers[name] = buffer  # a forward may have put another one there
+                buffer.copy_(content)

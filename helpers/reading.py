@@ -182,7 +182,8 @@ def read(
         words = f"could not tell: {stopped} asks for numbers that nobody has here ({at})"
         return replace(found, ok=None, verdict=words)
     said = f"{type(error).__name__}: {error}".rstrip(": ")
-    if isinstance(error, NotImplementedError) and layers:  # what the reference kernel lacks
+    in_kernel = any("reference_kernel" in frame.filename for frame in _stack(error))
+    if isinstance(error, NotImplementedError) and layers and in_kernel:  # what it lacks
         layers = (*layers[:-1], layers[-1]._replace(accepted=None))
         return replace(found, ok=None, layers=layers, verdict=f"could not tell: {said} ({at})")
     if given or _decides(error, tracer):
@@ -211,9 +212,8 @@ def _decides(error: Exception, tracer: Tracer) -> bool:
     if tracer.refused is not None and tracer.refused.error is error:
         return len(set(tracer.refused.operands)) > 1 and "type" in str(error)
     files = [frame.filename for frame in _stack(error)]
-    return any("flash_attention" in Path(file).name for file in files) or any(
-        word in str(error) for word in ("dtype", "scalar type")
-    )
+    about = re.search(r"dtype|(?:scalar|input|bias|weight|data) type|type promot", str(error), re.I)
+    return about is not None or any("flash_attention" in Path(file).name for file in files)
 
 
 def _at(tracer: Tracer, error: Exception) -> str:

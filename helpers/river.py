@@ -426,7 +426,8 @@ def html(xray: "XRay", headline: bool = True) -> str:
     untrusted = f"<p hidden>{verdict} (The picture shows once the cell has run.)</p>"
     return (
         f'<div class="{"dg-outcome " if headline else ""}dg-river">'
-        f'<div style="font-size: 0px">{svg(xray, headline)}</div>{untrusted if headline else ""}'
+        f'<div class="dg-picture" style="font-size: 0px" tabindex="0" role="group"'
+        f' aria-label="The dtype river">{svg(xray, headline)}</div>{untrusted if headline else ""}'
         "<details><summary>The same as text</summary>"
         '<pre tabindex="0" role="group" aria-label="The dtype river as text">'
         f"<code>{escape(text(xray))}</code></pre></details></div>"
@@ -460,8 +461,24 @@ def svg(xray: "XRay", headline: bool = True) -> str:
         " color: var(--jp-content-font-color1, inherit);"
         ' font-family: var(--jp-ui-font-family, system-ui, sans-serif)" fill="currentColor">'
         f'<title id="{name}-title">{escape(_clean(f"Dtype river of {found.subject}"))}</title>'
-        f'<desc id="{name}-desc">{escape(words)}</desc>{"".join(drawing.parts)}</svg>'
+        f'<desc id="{name}-desc">{escape(_spoken(found))}</desc>{"".join(drawing.parts)}</svg>'
     )
+
+
+def _spoken(found: "River") -> str:
+    """The picture as sentences, one a station, for who listens."""
+    rows = []
+    for row in found.rows:
+        stops = [
+            _clean(
+                f"{stop.name}: "
+                + ", ".join(filter(None, (stop.dtype, FLAG[stop.came_in], stop.mark, stop.words)))
+            ).rstrip(": ")
+            for stop in row.stops
+        ]
+        rows.append(f"{_clean(row.label)}. {'; '.join(stops)}.")
+    first = f" First float32 that matters: {found.first_float32}." if found.first_float32 else ""
+    return _clean(f"{found.verdict}. {' '.join(rows)}{first}")
 
 
 def _widths(row: Row, short: bool) -> list[int]:

@@ -56,6 +56,10 @@ def find(what: Any, trust_remote_code: bool = False) -> Subject:
         return Subject(name, config, _declared(config))
     path = str(checkpoints.get(name)) if name in checkpoints.available() else name
     folder = Path(path)
+    if path and not folder.is_dir() and re.match(r"[./~\\]|[A-Za-z]:|[^/]*/[^/]*/", path):
+        raise PlanError(
+            f"There is no folder {path!r} (seen from {str(Path.cwd())!r}): expected {EXPECTED}."
+        )
     if not path or not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             raise PlanError(f"{name!r} is not a checkpoint: expected {EXPECTED}.")

@@ -116,6 +116,7 @@ class Tracer:
         self._dtypes: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
         self._same: dict[Any, Any] = {}
         self._stack = [""]
+        self._left: str | None = None  # the innermost module that an exception is leaving
         self.refused: Refused | None = None
         self._thread = threading.get_ident()
         self._model = model
@@ -135,8 +136,8 @@ class Tracer:
 
     @property
     def module(self) -> str:
-        """The path of the module whose forward is running."""
-        return self._stack[-1]
+        """The path of the module whose forward is running, or was left by an exception."""
+        return self._left or self._stack[-1]
 
     def operations(self, start: int = 0, stop: int | None = None) -> list[Operation]:
         """The operations so far, in order."""
@@ -166,8 +167,9 @@ class Tracer:
             for module in self._model.modules():
                 if isinstance(module, torch.jit.ScriptModule):
                     continue
-                handles.append(module.register_forward_pre_hook(self._enter))
-                handles.append(module.register_forward_hook(self._leave))
+                # Outermost, so that what the model's own hooks do belongs to its module.
+                handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -178,18 +180,26 @@ class Tracer:
             path = self.paths[id(module)]
             self.entered.append((self.order, path))
             self._stack.append(path)
+            self._left = None
 
     def _leave(self, module: torch.nn.Module, _args: Any, result: Any) -> None:
         if threading.get_ident() != self._thread:
             return
         path = self.paths[id(module)]
+        if result is None and sys.exc_info()[0] is not None:
+            self._left = self._left or self._stack[-1]
+        else:
+            self._left = None
         while len(self._stack) > 1 and self._stack.pop() != path:
-            pass  # modules that an exception left, and whose caller went on
+            pass
+        if self._left is not None:
+            return
         dtypes = tuple(dtype_name(t.dtype) for _, t in tensors_of({"": result}))
         self.returned.append(Returned(self.order, path, type(module).__name__, dtypes))
 
     def see(self, func: Any, args: Any, result: Any) -> None:
         """One operation that has run."""
+        self._left = None  # whatever was raised before, somebody caught it
         frame = _caller()
         ins: list[Any] = []
         wide: list[torch.Tensor] = []
@@ -213,6 +223,7 @@ class Tracer:
 
     def fail(self, func: Any, args: Any, error: Exception) -> None:
         """One operation that was refused, and whose exception is on its way."""
+        self._left = None
         frame = _caller()
         tensors = [
             item
@@ -235,7 +246,10 @@ class Tracer:
         storage = _storage(tensor)
         origin = self._born.get(storage)
         if origin is None:
-            kind, name = self._known.get(storage, ("input", "made before the forward pass"))
+            made: tuple[Kind, str | None] = ("input", "made before the forward pass")
+            if func._schema.name == "aten::lift_fresh":  # torch.tensor(...) and the like
+                made = ("created", None)
+            kind, name = self._known.get(storage, made)
             origin = self._new(func, kind, name, tensor, frame)
             self._give(tensor, origin)
         return origin

@@ -26,8 +26,8 @@ FACTORIES = frozenset(
 FILLS = frozenset({"normal_", "uniform_", "random_", "bernoulli_", "zero_", "fill_"})
 ASSUMED = (
     "A choice among the largest values (topk, sort, argmax) takes the first ones, no value is inf"
-    " or NaN, and of tests of unknown numbers any() is False and all() is True; the dtypes do not"
-    " depend on it."
+    " or NaN, and of tests of unknown numbers any() is False and all() is True; where the dtypes"
+    " depend on such numbers, the real model can do something else."
 )
 GROUPED = torch.ops.aten._grouped_mm.default
 READ = 2**20  # elements; larger ones made of integers, such as rotary tables, no model reads
@@ -196,6 +196,13 @@ def _refusal(func: Any, args: Any, kwargs: Any) -> Exception | None:
     It is asked on small zeros first. If it does not run there even with one dtype, its other
     arguments name the shapes, and it is asked at the shapes it has.
     """
+    if func._schema.name in (
+        "aten::index_put",
+        "aten::index_put_",
+    ):  # a mask of zeros picks nothing
+        one = [torch.zeros(1, dtype=torch.long)]
+        into, values = (torch.zeros(1, dtype=args[place].dtype) for place in (0, 2))
+        return _asked(func, (into, one, values), {}, lambda x: list(x.shape), mixed=True)
     small = _asked(func, args, kwargs, lambda x: [min(n, 2) for n in x.shape], mixed=False)
     if small is None:
         return _asked(func, args, kwargs, lambda x: [min(n, 2) for n in x.shape], mixed=True)

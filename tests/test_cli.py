@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import backend, cli, experiment, machine
+from helpers.doctor.command import main
 from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
 from helpers.steps import STEPS
@@ -177,7 +178,7 @@ def test_env_is_the_report_on_the_machine(monkeypatch, ready):
 
 def test_it_is_installed_as_dtype_doctor():
     (command,) = entry_points(group="console_scripts", name="dtype-doctor")
-    assert command.load() is cli.main
+    assert command.load() is main
 
 
 def test_the_help_explains_every_option_every_step_and_the_status(capsys):

@@ -581,3 +581,129 @@ def test_json_is_for_programs():
     assert data["layers"][0]["stations"][0] == {"name": "embedding", "dtype": "float32"}
     assert data["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert data["backend"] == "reference"
+
+
+class Changed(torch.nn.Module):
+    """A norm of the model whose output a function changes."""
+
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner = inner
+        self.change = change
+
+    def forward(self, x):
+        return self.change(self.inner, x)
+
+
+def with_change(change):
+    model = load()
+    layer = model.model.layers[1]
+    layer.input_layernorm = Changed(layer.input_layernorm, change)
+    return model
+
+
+CHANGED = "model.layers.1.input_layernorm"
+
+
+def caught(inner, x):
+    try:
+        inner(x[..., :3])
+    except RuntimeError:
+        return x.float()
+    raise AssertionError("the norm took a tensor of another width")
+
+
+@pytest.mark.parametrize("size", [None, "full"])
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (caught, "cast"),
+        (lambda inner, x: inner(x) * torch.tensor([1.5] * x.shape[-1]), "created"),
+        (lambda inner, x: inner(x) * torch.full((x.shape[-1],), 1.5), "created"),
+    ],
+)
+def test_float32_made_in_the_middle_of_a_forward_is_found_there(change, kind, size):
+    model = with_change(change)
+    found = xray(model, IDS, size=size)
+    assert (found.error_type, found.error) == raised_by(model, {"input_ids": IDS})
+    assert found.first_float32.module == CHANGED
+    assert found.first_float32.kind == kind
+
+
+def masked(inner, x):
+    result = torch.zeros_like(x)
+    result[inner(x)[..., 0] > -9e9] = inner(x).float().reshape(-1, x.shape[-1])
+    return result
+
+
+def convolved(inner, x):
+    weight = torch.ones(1, 1, 1)
+    torch.nn.functional.conv1d(x[:, :1, :].float(), weight, torch.ones(1, dtype=x.dtype))
+    return inner(x)
+
+
+@pytest.mark.parametrize("change", [masked, convolved])
+@pytest.mark.parametrize("size", [None, "full"])
+def test_dtypes_that_are_refused_elsewhere_than_in_a_matmul(change, size):
+    model = with_change(change)
+    found = xray(model, size=size)
+    assert found.ok is False
+    assert (found.error_type, found.error) == raised_by(model, {"input_ids": IDS})
+
+
+def test_what_the_cpu_lacks_beside_attention_is_a_failure():
+    model = with_change(lambda inner, x: inner(x) * torch.linalg.det(x[0, :2, :2]))
+    found = xray(model, IDS)
+    assert (found.error_type, found.error) == raised_by(model, {"input_ids": IDS})
+    assert found.error_type in ("NotImplementedError", "RuntimeError")
+    assert (found.ok, found.layers[0].accepted) == (False, True)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_prompt_that_fails_is_shown_where_a_token_was_asked_for(cache):
+    found = xray(load(torch.float32), IDS, decode=True, cache=cache)
+    assert (found.ok, found.error) == (False, REFUSED)
+    assert found.first_float32.module == "model.embed_tokens"
+    assert any("prompt" in note for note in found.notes)
+
+
+def test_a_config_that_cannot_be_built_is_refused_in_a_sentence():
+    config = transformers.FalconConfig(num_hidden_layers=1)
+    with pytest.raises(PlanError, match=r"^FalconConfig cannot be built .*: give another config"):
+        xray(config, dtype="bfloat16")
+
+
+def test_a_module_without_a_config_needs_inputs():
+    with pytest.raises(PlanError, match=r"^Linear has no config .*: give inputs="):
+        xray(torch.nn.Linear(3, 3))
+    assert xray(torch.nn.Linear(3, 3), {"input": torch.ones(2, 3)}).ok
+
+
+class Counts(torch.nn.Module):
+    """Buffers that change, also in eval mode, one of them by taking the place of the old one."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls = torch.zeros(len(self.calls) + 1)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("size", [None, "full"])
+def test_buffers_are_left_as_they_were_in_eval_mode_too(size):
+    model = Counts().eval()
+    model.norm.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    held = dict(model.named_buffers())
+    xray(model, {"x": torch.randn(3, 4)}, size=size)
+    assert all(buffer is held[name] for name, buffer in model.named_buffers())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_what_a_typing_error_in_the_inputs_raises_is_the_same_for_a_config():
+    wrong = {"inptu_ids": IDS}
+    assert xray(load(), wrong).ok is False
+    assert xray(Qwen2Config(num_hidden_layers=1), wrong, dtype="bfloat16").ok is False

@@ -1,0 +1,364 @@
+"""What a text shows: signs, each with the line that shows it.
+
+Logs are cut, wrapped, indented, prefixed and repeated. A text is read in pieces, each line once, in
+two forms: ``compact`` holds letters and digits only, so that a message is found whatever broke its
+lines, and ``flat`` is lower case with single blanks, for code, commands and prose. The signs
+themselves are data (signs.json).
+"""
+
+import functools
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional, Union
+
+from helpers.doctor import statements
+from helpers.doctor.data import load
+
+PIECE = 2**19  # characters read at a time
+EDGE = 2**20  # characters at both ends of a text in which people's own words are looked for
+OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
+SPOTS = 4  # places at which one sign is kept
+LONG = 160  # characters of a quoted line
+MOST_CALLS, MOST_FRAMES = 500, 5_000  # of one text
+REMEMBERED = 200_000  # lines that are known to be repetitions
+
+# What loggers, launchers and clusters put before a line.
+PREFIX = re.compile(
+    r"^[ \t]*(?:(?:>|\||│)[ \t]?)+"
+    r"|^[ \t]*\[(?:rank|default|[\w.-]+:)?\d+\]:?(?:<\w+>:?)?[ \t]?"
+    r"|^\((?:[A-Z]\w*[ \t])?[^()\n]{0,40}pid=\d+[^()\n]{0,60}\)[ \t]?"
+    r"|^(?:node-?)?\d{1,4}:[ \t]",
+    re.M,
+)
+ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[@-Z\\-_])")
+CUT_ANSI = re.compile(r"(?:(?<=\s)|^)\[(?:\d{1,2};)*\d{1,2}m|\[0m", re.M)
+DIGITS = {ord(digit): "0" for digit in "123456789"}
+NOTHING = dict.fromkeys([*range(9), *range(11, 13), *range(14, 27), *range(28, 32), 127])
+
+
+class Sign(NamedTuple):
+    """A sign that was found: its entry in signs.json, the line that shows it, and where that is."""
+
+    id: str
+    kind: str
+    text: str
+    at: int
+    last: int
+    entry: "dict[str, Any]"
+
+
+class Evidence(NamedTuple):
+    """What was found in a text.
+
+    Attributes:
+        signs: by id.
+        calls: source text of calls and launch commands, by what is called.
+        versions: of packages, as the text names them.
+        gpus: names of GPUs.
+        frames: file (from the package on) and function of each frame of a traceback.
+        libraries: training and serving libraries that the text names.
+        sentences: what the person says of dtypes and of what works.
+        sizes: in GB, as they are written.
+        failed: whether anything looks like an exception.
+        raised: last lines of tracebacks.
+    """
+
+    signs: "dict[str, Sign]"
+    calls: "list[Call]"
+    versions: "dict[str, str]"
+    gpus: "tuple[str, ...]"
+    frames: "tuple[tuple[str, str], ...]"
+    failed: bool
+    raised: "tuple[str, ...]"
+    libraries: "tuple[str, ...]"
+    sentences: "list[statements.Says]"
+    sizes: "tuple[float, ...]"
+
+    def says(self, what: str, *subjects: str) -> bool:
+        """Whether a sentence says this of one of these."""
+        return any(one.what == what and one.subject in subjects for one in self.sentences)
+
+    def has(self, mark: str) -> bool:
+        """Whether one of the signs carries this mark."""
+        return any(sign.entry.get(mark) for sign in self.signs.values())
+
+    def stage(self, name: str) -> bool:
+        """Whether something says that this was training ("train"), inference or evaluation."""
+        if name == "train" and self.has("untrained"):
+            return False
+        return any(sign.entry.get("stage") == name for sign in self.signs.values())
+
+
+class Call(NamedTuple):
+    """A call or a launch command: what is called, its text, and whether it is there to its end."""
+
+    name: str
+    text: str
+    whole: bool
+
+
+def read(text: "Union[str, bytes]") -> Evidence:
+    """The evidence in a text of any length; bytes are taken for UTF-8, and nothing is refused."""
+    signs: dict[str, Sign] = {}
+    calls: dict[str, Call] = {}
+    versions: dict[str, str] = {}
+    gpus: dict[str, None] = {}
+    libraries: dict[str, None] = {}
+    raised: dict[str, None] = {}
+    sizes: dict[float, None] = {}
+    frames: dict[tuple[str, str], None] = {}
+    sentences: list[statements.Says] = []
+    failed, at, left = False, 0, statements.MOST
+    for piece in _pieces(text):
+        flat = _flat(piece)
+        compact = re.sub(r"[\W_]+", "", flat)
+        flat = re.sub(r"\btorch\.(?=b?float|half\b|double)", "", flat)
+        edge = at < EDGE or at > len(text) - EDGE
+        for entry in load("signs.json")["signs"]:
+            known = signs.get(entry["id"])
+            if (known or not edge) and entry["kind"] in ("prose", "code"):
+                continue  # people write before and behind a log, and not in it
+            _look(entry, piece, compact if entry["in"] == "compact" else flat, at, signs)
+        if edge and left > 0:
+            more, count = statements.read(flat, left)
+            sentences += more
+            left -= count
+        if edge and len(calls) < MOST_CALLS:
+            for call in itertools.islice(_calls(flat), MOST_CALLS):
+                calls.setdefault(call.text, call)
+        for name, number in itertools.islice(VERSION.findall(flat), 500):
+            versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
+        libraries.update((k, None) for k, some in LIBRARIES.items() if any(x in flat for x in some))
+        if any(card in piece for card in (*CARDS, *MORE_CARDS)):
+            gpus.update((" ".join(name.split()), None) for name in GPU.findall(piece)[:50])
+        if "File " in piece and len(frames) < MOST_FRAMES:
+            for path, function in FRAME.findall(piece):
+                frames[(_package(path), function)] = None
+        for size in itertools.islice(SIZE.findall(flat), 100):
+            sizes[float(size)] = None
+        for match in itertools.islice(RAISED.finditer(piece), 50):
+            raised[match[0].strip()[:LONG]] = None
+        if not failed and any(word in piece for word in ERRORS):
+            failed = FAILED.search(piece) is not None
+        at += len(piece)
+    return Evidence(
+        signs,
+        list(calls.values()),
+        versions,
+        tuple(gpus),
+        tuple(frames),
+        failed,
+        tuple(raised)[:200],
+        tuple(name for name in LIBRARIES if name in libraries),
+        sentences,
+        tuple(sizes)[:100],
+    )
+
+
+SIZE = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?) ?g(?:i?b)?\b")
+LIBRARIES = {
+    "llamafactory": ("llamafactory", "llama-factory", "train_bash.py"),
+    "swift": ("ms-swift", "ms_swift", "swift sft", "swift pt", "swift rlhf", "swift infer"),
+    "axolotl": ("axolotl",),
+    "unsloth": ("unsloth",),
+    "trl": ("sfttrainer", "sftconfig", "dpotrainer", " trl ", "/trl/", "trl=", "trl version"),
+    "sentence_transformers": ("sentence_transformers", "crossencoder(", "sentencetransformer("),
+    "vllm": ("vllm/", "vllm."),
+    "accelerate": ("accelerate launch", "accelerator."),
+}
+ERRORS = ("Traceback", "Error", "error:", "Exception", "报错", "错误", "crash", "fail")
+CARDS = ("RTX", "GTX", "A100", "A800", "A10", "A30", "A40", "A6000", "H100", "H200", "H800")
+MORE_CARDS = ("H20", "B200", "L4", "L20", "T4", "V100", "P100", "P40", "MI")
+
+
+def _flat(piece: str) -> str:
+    """A piece in lower case with single blanks, without the advice and the example that warnings
+    bring along, which are not the person's own."""
+    flat = re.sub(r"[ \t]+", " ", piece.lower())
+    if "automatic mixed-precision" in flat:
+        flat = ADVICE.sub("", flat)
+    if "#" not in flat:
+        return flat
+    return re.sub(
+        r"#[^\n]*\bdtype=[^\n]*|# ?torch_dtype[^\n]*", "", COMMENTED.sub("flag commented out", flat)
+    )
+
+
+ADVICE = re.compile(
+    r"you should run training or inference using automatic mixed-precision.{0,300}?"
+    r"(?:dtype=torch\.b?float16\)|(?=\n\n)|\Z)",
+    re.S,
+)
+COMMENTED = re.compile(r"# ?(?:--)?(?:bf16|fp16)\b[^\n]*")
+FRAME = re.compile(r'File "([^"\n]{1,300})", line \d{1,7}, in ([\w<>]{1,80})')
+FAILED = re.compile(
+    r"Traceback \(most recent|\b[A-Z]\w{2,30}(?:Error|Exception)\b|\berror:|\bCUDA error|报错|错误"
+    r"|\b(?:crash|fails?|failed)\b|\bError\b",
+)
+# The last line of a traceback.
+RAISED = re.compile(
+    r"^[ \t]*(?:[\w.]+\.)?([A-Z]\w{2,40}(?:Error|Exception|Interrupt))\b(?::[ \t]*([^\n]*))?$", re.M
+)
+GPU = re.compile(
+    r"\b((?:NVIDIA |Tesla |GeForce |Quadro )*(?:RTX ?(?:PRO )?(?:A?\d{4}(?: ?(?:Ti|Super|SUPER))*)"
+    r"|GTX ?\d{3,4}(?: ?Ti)?|A100|A800|A10G?|A30|A40|A6000|H100|H200|H800|H20|B200|GB200|L4|L40S?"
+    r"|L20|T4|V100S?|P100|P40|RTX ?6000|MI\d{3}X?)(?![\w.]))"
+)
+VERSION = re.compile(
+    r"\b(transformers|torch|pytorch|flash[-_]attn|peft|accelerate|trl|unsloth|bitsandbytes|vllm"
+    r"|xformers|kernels|deepspeed|python|llamafactory|ms-swift|swift|axolotl|cuda)"
+    r"(?:[ ]version)?[`'\"]?[ ]?(?:==|=|:|\||是|版本)?[ ]?[`'\"]?v?(\d{1,4}\.\d{1,3}(?:\.\d{1,4})?)"
+)
+
+
+def _pieces(text: "Union[str, bytes]") -> Iterator[str]:
+    """A text in pieces, cleaned, without the lines that were there before."""
+    seen: set[int] = set()
+    for rough in _rough(text):
+        if not rough.isascii():
+            rough = unicodedata.normalize("NFKC", rough)
+        if "\x1b" in rough:
+            rough = ANSI.sub("", rough)
+        elif "[0m" in rough:
+            rough = CUT_ANSI.sub("", rough)
+        if "\n\n\n" in rough:
+            rough = re.sub(r"\n{3,}", "\n\n", rough)
+        rough = PREFIX.sub("", rough.replace("\r", "\n").translate(NOTHING))
+        keys = re.sub("0[0.,:%]*", "0", rough.translate(DIGITS)).split("\n")
+        lines = rough.split("\n")
+        kept = []
+        before = None
+        for line, key in zip(lines, keys):
+            if line == before:
+                continue
+            before = line
+            if len(key) > 12:
+                known = hash(key)
+                if known in seen:
+                    continue
+                if len(seen) < REMEMBERED:
+                    seen.add(known)
+            kept.append(line)
+        yield "\n".join(kept)
+
+
+def _rough(text: "Union[str, bytes]") -> Iterator[str]:
+    """Pieces of a text that overlap, each ending at a line's end where there is one."""
+    start, tail = 0, ""
+    while start < len(text):
+        part = text[start : start + PIECE]
+        start += PIECE
+        fresh = part.decode("utf-8", "replace") if isinstance(part, bytes) else part
+        piece = tail + fresh
+        if start < len(text) and (end := piece.rfind("\n", len(piece) - OVERLAP)) > 0:
+            tail, piece = piece[end + 1 :], piece[: end + 1]
+        else:
+            # In a line without an end the border is read twice.
+            tail = piece[-OVERLAP:] if start < len(text) else ""
+        yield piece
+
+
+def _look(
+    entry: "dict[str, Any]", piece: str, text: str, at: int, signs: "dict[str, Sign]"
+) -> None:
+    known = signs.get(entry["id"])
+    found = next((literal for literal in entry["any"] if literal in text), None)
+    if found is None:
+        return
+    spots: list[tuple[int, int]] = []
+    if "match" not in entry:
+        start = text.find(found)
+        spots = [(start, start + len(found)), (text.rfind(found), 0)]
+    elif entry.get("near"):
+        # The same line, or the one before, where a long path was broken off.
+        start = text.find(found)
+        around = text[max(start - 400, 0) : start + 200]
+        spots = [(start, start + len(found))] if _pattern(entry["match"]).search(around) else []
+    else:
+        for number, match in enumerate(_pattern(entry["match"]).finditer(text)):
+            if entry.get("negatable") and NEGATED.search(
+                text[max(match.start() - 40, 0) : match.start()]
+            ):
+                continue
+            spots = [*spots[:1], match.span()]
+            if number > SPOTS:
+                break
+    if not spots:
+        return
+    share = len(piece) / (len(text) or 1)
+    first, last = (at + int(spot[0] * share) for spot in (spots[0], spots[-1]))
+    if known is not None:
+        signs[entry["id"]] = known._replace(last=last)
+        return
+    quoted = _quote(piece, text[spots[0][0] : spots[0][1]], entry["in"] == "compact")
+    signs[entry["id"]] = Sign(entry["id"], entry["kind"], quoted, first, last, entry)
+
+
+NEGATED = re.compile(r"(?:\bno|\bnot|\bnever|\bwithout|n't|没有?|未|不)\s*(?:\w+ ){0,3}[`'\"(]?$")
+
+
+@functools.cache
+def _pattern(source: str) -> "re.Pattern[str]":
+    return re.compile(source, re.M)
+
+
+def _quote(piece: str, matched: str, compact: bool) -> str:
+    """The line of a piece that shows a match; what was matched where lines were broken."""
+    head = matched[:24].strip().partition("\n")[0]
+    for line in piece.split("\n"):
+        low = re.sub(r"[ \t]+", " ", line.lower())
+        if head in (re.sub(r"[\W_]+", "", low) if compact else low):
+            line = line.strip()
+            return line if len(line) <= LONG else f"{line[: LONG - 3]}..."
+    return matched[:LONG]
+
+
+COMMAND = re.compile(
+    r"(?:llamafactory-cli train|train_bash\.py|\bswift (?:sft|pt|rlhf|dpo)\b|\btorchrun\b"
+    r"|accelerate launch|\bdeepspeed (?=[-\w])|xtuner train|python3? (?:-m |-u )*[\w./-]+(?:\.py)?)"
+    r"[^\n]*(?:\\ *\n[^\n]*)*(?:\n *--[^\n]*)*"
+)
+YAML = re.compile(r"(?:^[ \-#]*[\w.-]+:(?: [^\n]*)?\n?){5,200}", re.M)
+CALL = re.compile(
+    r"([\w.]*(?:from_pretrained|trainingarguments|sftconfig|dpoconfig|grpoconfig|trainingargs"
+    r"|bitsandbytesconfig|crossencoder|sentencetransformer|huggingfaceembeddings|flagreranker"
+    r"|flagmodel|pipeline|accelerator|from_config|load_model|fastlanguagemodel\.get_peft_model))\("
+)
+REACH = 1200  # characters of one call
+
+
+def _calls(flat: str) -> Iterator[Call]:
+    if "--" in flat:
+        for match in COMMAND.finditer(flat):
+            text = match[0][: 4 * REACH]
+            if text.count("--") >= 3:
+                yield Call("command", text, "..." not in text and "…" not in text)
+    if "per_device_train_batch_size:" in flat or "num_train_epochs:" in flat:
+        for match in YAML.finditer(flat):
+            yield Call("yaml", match[0], "..." not in match[0])
+    if "(" in flat:
+        for match in CALL.finditer(flat):
+            inside, depth = flat[match.end() : match.end() + REACH], 1
+            end = None
+            for place, sign in enumerate(inside):
+                depth += (sign == "(") - (sign == ")")
+                if depth == 0:
+                    end = place
+                    break
+            text = inside[:end]
+            code = "\n".join(line.partition("#")[0] for line in text.split("\n"))
+            whole = end is not None and not re.search(r"\.\.\.|…|\*\*\w", text)
+            yield Call(match[1], code, whole)
+
+
+def _package(path: str) -> str:
+    """The part of a frame's path after site-packages, with forward slashes."""
+    path = path.replace("\\", "/")
+    return re.split(r"(?:site|dist)-packages/", path)[-1]
+
+
+def version(text: "Optional[str]") -> "tuple[int, ...]":
+    """A version as numbers that compare; empty for None."""
+    return tuple(int(part) for part in re.findall(r"\d+", text or "")[:3])

@@ -1,0 +1,428 @@
+"""From evidence to causes: every rule speaks, and the sum decides.
+
+A rule gives labels points or rules them out, and says why. A label with POINTS points and a lead of
+LEAD over the next is the cause; else the labels are candidates in the order of their points. What
+rules out what was read in flash-attn 2's source: its checks run in the order GPU, dtype of q, k and
+v like q, device, last dimension, head size (csrc/flash_attn/flash_api.cpp), so the headline error
+proves that the package loaded and that the GPU is new enough.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Optional
+
+from helpers.doctor.evidence import Evidence, Sign
+
+POINTS, LEAD = 4, 2  # a lead of three does with three points
+FLOAT32 = (
+    "weights-fp32",
+    "missing-autocast",
+    "upcast-module",
+    "kbit-prep",
+    "adapter-fp32",
+    "quantization-compute-dtype",
+    "inputs-fp32",
+    "model-on-cpu",
+)
+BEFORE_DTYPE = (
+    "gpu-too-old",
+    "flash-attn-missing",
+    "flash-attn-abi-mismatch",
+    "cuda-unavailable",
+    "arch-no-fa2",
+)
+LOADED = ("flash-attn-missing", "flash-attn-abi-mismatch")
+PROVEN = {  # what an error proves besides its cause: it comes from inside the package
+    "mixed-qkv-dtype": ("flash-attn-missing", "flash-attn-abi-mismatch"),
+    "rope-dtype-mismatch": LOADED,
+    "gpu-too-old": LOADED,
+    "head-dim": ("gpu-too-old", *LOADED),
+    "noncontiguous-input": ("gpu-too-old", *LOADED),
+    "flash-attn-abi-mismatch": ("flash-attn-missing",),
+    "gpu-arch-not-built": ("flash-attn-missing",),
+}
+
+
+class Says(NamedTuple):
+    """What a rule makes of the evidence."""
+
+    label: str
+    points: int  # 0: ruled out
+    why: str
+
+
+class Verdict(NamedTuple):
+    """The causes that the evidence leaves.
+
+    Attributes:
+        cause, certain, candidates, ruled_out: as in a Diagnosis.
+        is_failure: whether something failed.
+        kind: "ours", "warning", "foreign" (what it is is known), "other" or "nothing".
+        used: the signs that decided, first to last.
+        said: what the rules said of the labels that are left.
+    """
+
+    cause: "Optional[str]"
+    certain: bool
+    candidates: "tuple[str, ...]"
+    ruled_out: "tuple[str, ...]"
+    is_failure: bool
+    kind: str
+    used: "tuple[Sign, ...]"
+    said: "tuple[Says, ...]" = ()
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict on a text."""
+    signs = sorted(evidence.signs.values(), key=lambda sign: sign.at)
+    errors = [sign for sign in signs if sign.kind == "error"]
+    foreign = [sign for sign in signs if sign.kind == "foreign"]
+    harmless = [sign for sign in signs if sign.entry.get("harmless")]
+    if errors:
+        error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
+        if error.entry["cause"].startswith("headline"):
+            return _of_float32(evidence, error, signs)
+        return _of_neighbour(evidence, error, signs)
+    if foreign:
+        return Verdict(None, False, (), (), True, "foreign", tuple(foreign))
+    certain = [s for s in signs if s.kind in ("fact", "log") and _best(s) >= POINTS]
+    if certain:
+        label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
+        return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
+    if evidence.raised and not certain:
+        return Verdict(None, False, (), (), True, "other", tuple(harmless))
+    if harmless:
+        label = "warning-benign"
+        return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
+    return Verdict(None, False, (), (), evidence.failed, "nothing", ())
+
+
+def _best(sign: Sign) -> int:
+    points: dict[str, int] = sign.entry.get("for", {"": 0})
+    return max(points.values())
+
+
+def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
+    """An error whose message has one cause."""
+    label = error.entry["cause"]
+    used = [error]
+    if label == "flash-attn-missing":
+        for sign in signs:  # Transformers says "not available" also where there is no GPU
+            if sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3:
+                label, used = "cuda-unavailable", [error, sign]
+    if label == "model-on-cpu" and any(
+        sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3 for sign in signs
+    ):
+        label = "cuda-unavailable"
+    if label == "gpu-too-old" and any(NEWER.search(gpu) for gpu in evidence.gpus):
+        label = "gpu-arch-not-built"  # flash-attn up to 2.7.2 says so to every GPU it does not know
+    out = tuple(x for x in PROVEN.get(label, ()) if x != label)
+    return Verdict(label, True, (label,), out, True, "ours", tuple(used))
+
+
+NEWER = re.compile(r"RTX ?(?:PRO )?(?:50|60)\d\d|\bG?B[123]00\b")  # after Hopper
+
+
+def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
+    """The headline error: q is not half, and the rest has to say why."""
+    said: list[Says] = []
+    for rule in RULES:
+        try:
+            said += rule(evidence)
+        except Exception:  # one broken rule must not hide what the others say
+            logging.getLogger(__name__).exception("the rule %s failed", rule.__name__)
+    ruled_out = {one.label for one in said if one.points == 0}
+    points = {label: 0 for label in FLOAT32 if label not in ruled_out}
+    for one in said:
+        if one.label in points:
+            points[one.label] += one.points
+    if points.get("missing-autocast", 0) >= POINTS and points.get("weights-fp32", 0) > 0:
+        # Weights for mixed precision are float32 by intention.
+        points["weights-fp32"] = max(points["weights-fp32"] - 3, 0)
+    order = _usual(evidence)
+    ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
+    proven = BEFORE_DTYPE if error.entry["cause"] == "headline" else LOADED
+    out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
+    used = tuple(
+        s
+        for s in signs
+        if s is error
+        or s.entry.get("for")
+        or s.entry.get("against")
+        or s.entry.get("on")
+        or s.entry.get("off")
+    )
+    lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
+    best = points[ranked[0]] if ranked else 0
+    if (best >= POINTS and lead >= LEAD) or (best >= 3 and lead >= 3):
+        return Verdict(ranked[0], True, (ranked[0],), out, True, "ours", used, tuple(said))
+    likely = [label for label in ranked if points[label] > 0]
+    usual = [label for label in order if label in points and points[label] >= 0]
+    left = tuple(dict.fromkeys([*likely, *usual]))[: max(3, len(likely))]
+    if len(left) < 2:
+        left = tuple(dict.fromkeys([*left, *ranked]))[:2]
+    return Verdict(None, False, left, out, True, "ours", used, tuple(said))
+
+
+def _usual(evidence: Evidence) -> "list[str]":
+    """The labels in the order in which they are usual at this stage."""
+    quantised = evidence.has("quantised") and not evidence.has("unquantised")
+    first = []
+    if evidence.stage("train") or evidence.stage("eval"):
+        first += ["missing-autocast"]
+        first += ["kbit-prep", "quantization-compute-dtype"] if quantised else []
+        first += ["adapter-fp32"] if evidence.has("lora") else []
+        if evidence.has("on"):
+            first = [*first[1:], "upcast-module", "missing-autocast"]
+    elif quantised:
+        first += ["quantization-compute-dtype"]
+    first += ["weights-fp32", "missing-autocast", "upcast-module", "adapter-fp32", "inputs-fp32"]
+    return list(dict.fromkeys([*first, *FLOAT32]))
+
+
+Rule = Callable[[Evidence], Iterator[Says]]
+
+
+def _signs(evidence: Evidence) -> Iterator[Says]:
+    """What the signs say by themselves."""
+    for sign in evidence.signs.values():
+        for label, points in sign.entry.get("for", {}).items():
+            yield Says(label, points, sign.entry["means"])
+        for label in sign.entry.get("against", ()):
+            if sign.id == "p-no-lora" and (
+                evidence.says("works without", "lora", "dora") or evidence.says("works", "full")
+            ):
+                continue  # "without LoRA it works" is not "there is no LoRA"
+            yield Says(label, 0, sign.entry["means"])
+
+
+def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
+    """Where mixed precision is on, only a call beside the training step lies outside autocast."""
+    why = "Mixed precision is on, and nothing says that the call lies outside of it."
+    if _is_on(evidence) and not evidence.stage("eval") and not evidence.has("loop"):
+        yield Says("missing-autocast", 0, why)
+    elif evidence.has("off") and not evidence.has("on"):
+        yield Says("missing-autocast", POINTS, "The flags for mixed precision are off.")
+
+
+def _is_on(evidence: Evidence) -> bool:
+    return evidence.has("on") and not evidence.has("unsure")
+
+
+def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
+    """A launch command that is there to its end, without a flag for mixed precision."""
+    if evidence.has("on") or evidence.has("rescued"):
+        return
+    for call in evidence.calls:
+        if call.name == "yaml" or (call.name == "command" and _trains(call.text)):
+            points = POINTS if call.whole else 1
+            yield Says("missing-autocast", points, "The launch asks for no mixed precision.")
+            return
+        if call.name.endswith(TRAINER) and "bf16" not in call.text and "fp16" not in call.text:
+            points = POINTS if call.whole else 1
+            yield Says("missing-autocast", points, "The trainer is asked for no mixed precision.")
+            return
+
+
+TRAINER = ("trainingarguments", "sftconfig", "dpoconfig", "grpoconfig", "trainingargs")
+
+
+def _trains(command: str) -> bool:
+    return any(
+        word in command
+        for word in (
+            "train",
+            "sft",
+            "dpo",
+            "finetun",
+            "fine-tun",
+            " pt ",
+            "learning_rate",
+            "epochs",
+        )
+    ) and not any(word in command for word in ("do_predict", "do_eval ", "inference", "web_demo"))
+
+
+def _outside_autocast(evidence: Evidence) -> Iterator[Says]:
+    """Training that works, and a call beside it that fails."""
+    if evidence.has("outside") and evidence.stage("train"):
+        yield Says("missing-autocast", POINTS, "Training works, and a call beside it does not.")
+    if evidence.has("loop") and (evidence.stage("eval") or evidence.has("beside")):
+        yield Says(
+            "missing-autocast", POINTS, "The loop uses autocast, and this call is beside it."
+        )
+
+
+MODEL = ("tokenizer", "processor", "config", "peft", "lora", "dataset", "generationconfig")
+WRAPPERS = (
+    "crossencoder",
+    "sentencetransformer",
+    "huggingfaceembeddings",
+    "flagreranker",
+    "flagmodel",
+    "pipeline",
+)
+
+
+def _loads(evidence: Evidence) -> Iterator[Says]:
+    """Loads that are there to their end and name no dtype, or half precision."""
+    half = evidence.has("half")
+    for call in evidence.calls:
+        loads = call.name.endswith(("from_pretrained", "from_config")) and not any(
+            word in call.name for word in MODEL
+        )
+        if not loads and not call.name.endswith(WRAPPERS):
+            continue
+        half = half or None is not re.search(
+            r"dtype['\"]?\s*[=:]\s*['\"]?(?:b?float16|bf16|fp16|half)", call.text
+        )
+        if not call.whole or any(word in call.text for word in NAMED):
+            continue
+        points = 2 if evidence.stage("train") and not evidence.has("off") else POINTS
+        if evidence.has("on") and evidence.stage("train"):
+            points = 1
+        yield Says("weights-fp32", points, "A model is loaded without a dtype.")
+        return
+    if half and not {"c-load-float32", "warn-float32"} & evidence.signs.keys():
+        yield Says("weights-fp32", -3, "Half precision was asked for at load time.")
+
+
+NAMED = ("dtype", "quantization_config", "load_in", "bf16", "fp16")  # others speak of these
+
+
+# What a sentence that calls something float32 speaks for.
+FLOAT32_OF = {
+    "norm": "upcast-module",
+    "rope": "upcast-module",
+    "module": "upcast-module",
+    "input": "inputs-fp32",
+    "lora": "adapter-fp32",
+    "dora": "adapter-fp32",
+    "weights": "weights-fp32",
+    "compute": "quantization-compute-dtype",
+    "fp8": "quantization-compute-dtype",
+    "kbit": "kbit-prep",
+}
+# What works where this is left out, or fails only with it, has this cause.
+BLAMED = {
+    "lora": "adapter-fp32",
+    "dora": "adapter-fp32",
+    "norm": "upcast-module",
+    "rope": "upcast-module",
+    "module": "upcast-module",
+    "kbit": "kbit-prep",
+    "fp8": "quantization-compute-dtype",
+    "autocast": "upcast-module",
+}
+
+
+def _sentences(evidence: Evidence) -> Iterator[Says]:
+    """What the person says of dtypes, of what works, and of what does not."""
+    quantised = evidence.has("quantised") and not evidence.has("unquantised")
+    for one in dict.fromkeys(evidence.sentences):
+        if one.what == "float32" and one.subject in FLOAT32_OF:
+            label = FLOAT32_OF[one.subject]
+            part = re.search(r"encoders?\b|towers?\b|proj\w*", one.text)
+            if one.subject == "weights" and evidence.has("embeds") and part:
+                label = "inputs-fp32"  # what comes out of it is what the model gets
+            if one.subject == "norm" and quantised and "weight" in one.text:
+                label = "kbit-prep"
+            if label == "weights-fp32" and "c-load-float32" in evidence.signs:
+                continue  # the same fact, seen as code
+            yield Says(label, POINTS if label != "weights-fp32" else 3, one.text)
+        elif one.what == "all half" and one.subject == "weights":
+            yield Says("weights-fp32", -4, one.text)
+        elif one.what in ("works without", "fails with") and one.subject in BLAMED:
+            yield Says(BLAMED[one.subject], POINTS, one.text)
+            if one.subject in ("lora", "dora") and one.what == "works without":
+                for label in ("weights-fp32", "missing-autocast"):
+                    yield Says(label, 0, one.text)
+            if one.subject == "autocast":
+                yield Says("missing-autocast", 0, one.text)
+        elif one.what == "works without" and one.subject == "that":
+            if evidence.has("floats"):
+                yield Says("upcast-module", POINTS, one.text)
+            elif evidence.has("lora"):
+                yield Says("adapter-fp32", POINTS, one.text)
+        elif one.what == "works" and one.subject == "full" and evidence.has("lora"):
+            yield Says("adapter-fp32", POINTS, one.text)
+        elif one.what in ("works without", "fails with") and one.subject == "quant":
+            yield Says(
+                "kbit-prep" if _trained(evidence) else "quantization-compute-dtype", 2, one.text
+            )
+        elif one.what == "works" and one.subject == "base" and evidence.has("merged"):
+            yield Says("weights-fp32", 2, one.text)
+        elif one.what == "works" and one.subject == "base" and evidence.has("lora"):
+            yield Says("adapter-fp32", POINTS, one.text)
+            yield Says("weights-fp32", 0, one.text)
+        elif one.what == "works" and one.subject == "ids" and evidence.has("embeds"):
+            yield Says("inputs-fp32", POINTS, one.text)
+
+
+def _trained(evidence: Evidence) -> bool:
+    return evidence.stage("train") or evidence.has("lora")
+
+
+def _quantised(evidence: Evidence) -> Iterator[Says]:
+    """What quantising, training and a compute dtype say together."""
+    if evidence.has("unquantised") and "c-kbit" not in evidence.signs:
+        yield Says("kbit-prep", 0, "Nothing is quantised, and nothing was prepared for it.")
+    if not evidence.has("quantised") or evidence.has("unquantised"):
+        return
+    frames = "f-autocast" in evidence.signs or "f-accelerate" in evidence.signs
+    if evidence.stage("train") or evidence.has("lora"):
+        why = "Quantised training is prepared, which casts norms and embeddings to float32."
+        unsloth = "unsloth" in evidence.libraries  # prepares in a way of its own
+        yield Says("kbit-prep", 1 if unsloth else 3 if frames or _is_on(evidence) else 1, why)
+        if frames:
+            yield Says("upcast-module", -1, why)
+    config = [c for c in evidence.calls if c.name.endswith("bitsandbytesconfig") and c.whole]
+    if any("compute_dtype" not in c.text and "4bit" in c.text.replace("_", "") for c in config):
+        points = 2 if evidence.stage("train") else POINTS
+        why = "bnb_4bit_compute_dtype is left out, and its default is float32."
+        yield Says("quantization-compute-dtype", points, why)
+
+
+def _twice_the_size(evidence: Evidence) -> Iterator[Says]:
+    """A merged checkpoint of twice the size of the one that it came from is float32."""
+    sizes = evidence.sizes
+    if evidence.has("merged") and any(1.8 < a / b < 2.2 for a in sizes for b in sizes if b):
+        yield Says("weights-fp32", 3, "The merged checkpoint is twice as large.")
+
+
+def _rescued_before(evidence: Evidence) -> Iterator[Says]:
+    """The rescue aimed at half precision before, and at float32 in the end: autocast was left."""
+    if {"warn-rescued", "rescue-float32"} <= evidence.signs.keys():
+        yield Says("missing-autocast", 7, "Autocast was on before, and is off in this call.")
+
+
+def _remote(evidence: Evidence) -> Iterator[Says]:
+    """Code that came with the checkpoint has no rescue cast; that matters where autocast is on."""
+    if evidence.has("remote"):
+        frames = "f-autocast" in evidence.signs or "f-accelerate" in evidence.signs
+        why = evidence.signs["f-remote"].entry["means"]
+        yield Says("upcast-module", 2 if frames else 1, why)
+
+
+def _adapter(evidence: Evidence) -> Iterator[Says]:
+    """An adapter beside autocast frames is as likely as a module."""
+    frames = "f-autocast" in evidence.signs or "f-accelerate" in evidence.signs
+    if frames and evidence.has("lora") and "p-no-lora" not in evidence.signs:
+        yield Says("adapter-fp32", 1, "There is an adapter.")
+        yield Says("upcast-module", -1, "There is an adapter.")
+
+
+RULES: "tuple[Rule, ...]" = (
+    _signs,
+    _mixed_precision_on,
+    _launch_without_flag,
+    _outside_autocast,
+    _loads,
+    _sentences,
+    _quantised,
+    _twice_the_size,
+    _rescued_before,
+    _remote,
+    _adapter,
+)

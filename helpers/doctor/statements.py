@@ -1,0 +1,178 @@
+"""What sentences say: of what dtype something is, and without what it works.
+
+People write the decisive fact in a sentence: "q_norm returns float32", "without DoRA it works".
+The same few words say it in every report, in English and in Chinese, so a sentence is read for what it
+is about (a norm, an input, an adapter, the weights), for a dtype, and for what works or is left out.
+"""
+
+# ruff: noqa: E501, RUF001  # patterns are not broken, and Chinese has its own punctuation
+import re
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+MOST = 4000  # sentences that are read; prose is short, and logs have been read for signs
+LONG = 500  # characters of a sentence
+
+SUBJECTS = {
+    "kbit": r"prepare_model_for_\w+|prepare_for_kbit|k-?bit (?:training|preparation)",
+    "dora": r"\bdora\b|use_dora|lora_magnitude\w*|magnitude",
+    "lora": r"\b(?:q|v|lora)?_?lora\w*(?: (?:params?|parameters?|weights?|layers?))?|disable_adapter\w*|\bpeft\w*|adapters?\b|适配器|\blora权重",
+    "compute": r"compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
+    "fp8": r"\S*fp8\b",
+    "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
+    "norm": r"\w*norms?\d*\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
+    "rope": r"\brope\w*|rotary\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
+    "module": r"modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
+    "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b|image_features?|input_features|pixel_values\w*"
+    r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed|soft[ _]?prompts?"
+    r"|特征|\.npy\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
+    "ids": r"input_ids|token ids|text[- ]only|纯文本",
+    "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
+    "attention": r"\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
+    "autocast": r"\bautocast\w*|\bmixed[ _-]precision\b|\bamp\b|混合精度",
+    "full": r"full[- ](?:parameter )?fine-?\s?tun\w*|full[- ]param\w*|全参数?微?调?|全量微?调?",
+    "weights": r"param(?:eter)?s?\b|weights?\b|checkpoints?\b|safetensors|\bmodel\b|state_dict|\bconfig\b"
+    r"|\b\w+_config\b|encoders?\b|towers?\b|backbone|权重|参数|模型|检查点|q_proj|lm_head|linear layers?",
+}
+PROGRAMS = (
+    "silently casted in float32",
+    "inputs back to",
+    "cast back the input",
+    "but the current dype",
+)
+_SUBJECT = re.compile("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
+_FLOAT = re.compile(
+    r"(?<![\w-])(?:float32|fp32|float 32|单精度)(?![\w-])|\.float\(\)|\bfp32(?=[^\w-])"
+)
+_HALF = re.compile(
+    r"(?<![\w-])(?:b?float16|bf16|fp16|half precision|半精度)(?![\w-])|\.half\(\)|\.bfloat16\(\)"
+)
+_EVERY = re.compile(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
+_WORKS = re.compile(
+    r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on)|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
+    r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpass(?:es|ed)?\b|\bgo(?:es)? through\b"
+    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|能跑|能训|通过|解决|没报错|跑通"
+)
+_NOT_WORKS = re.compile(
+    r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t) (?:\w+ )?(?:work|run|train|help|fine|ok)"
+    r"|不正常|不可以|不能跑|跑不|没用|不行|没效果|无效|没解决"
+)
+_LEFT_OUT = re.compile(
+    r"\bwithout\b|\bwith no\b|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
+    r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|[:=] ?false\b|\binstead of\b|\bnon-"
+    r"|去掉|不加|不用|不挂|不带|关掉|关闭|禁用|注释|删掉|换成|换回|不开|不加载|去除|不做|跳过|卸载|非"
+)
+_ALONE = re.compile(r"\bbase(?: model)?\b|\balone\b|原始|原版|基座|只加载|单独")
+_ONLY_WITH = re.compile(
+    r"\bonly (?:when|with|if|after|the)\b|\bas soon as\b|\bonce i\b|\bthe only (?:change|difference)\b|\bafter (?:adding|enabling|wrapping|attaching)"
+    r"|\bflip (?:it )?to true|只有|一(?:开|加|用|挂|启用|打开)|加上|打开|开启|之后就|后就"
+)
+_FAILS = re.compile(
+    r"\bfail\w*|\berror\w*|\bcrash\w*|\bbreaks?\b|\bdies?\b|\braises?\b|\bblows?\b|报|崩|挂|不行|出错"
+)
+
+
+class Says(NamedTuple):
+    """A sentence: what it is about, and "float32", "half", "all half", "works without",
+    "works" or "fails with"."""
+
+    subject: str
+    what: str
+    text: str
+
+
+def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
+    """What the first sentences of a text (lower case, dtypes without ``torch.``) say, and how many
+    were read."""
+    found: list[Says] = []
+    count = 0
+    for sentence in _sentences(flat):
+        count += 1
+        if count > most:
+            break
+        found += _dtypes(sentence)
+        found += _works(sentence)
+    return found, count
+
+
+def _sentences(flat: str) -> Iterator[str]:
+    before = ""
+    for line in flat.split("\n"):
+        line = line[: 8 * LONG].strip()
+        if not line or line.startswith('file "') or any(words in line for words in PROGRAMS):
+            before = ""
+            continue
+        if before and re.fullmatch(r"[->= {\[(]*(?:b?float(?:16|32)[\s,})\]]*)+", line):
+            yield from _paired(before, line)
+            before = ""
+            continue
+        for sentence in re.split(
+            r"(?<=[a-z0-9)`\"'])[.!?;](?=\s|$)|[。！？；]|(?<=\w), (?=but |and then |so )", line
+        ):
+            if sentence.strip():
+                yield sentence[:LONG]
+        before = line
+
+
+def _paired(asked: str, printed: str) -> Iterator[str]:
+    """What was printed, beside what was asked for, one by one."""
+    names = re.findall(r"[\w.()\[\]]*\.dtype", asked)
+    dtypes = re.findall(r"b?float(?:16|32)", printed)
+    if len(names) == len(dtypes) and names:
+        for name, dtype in zip(names, dtypes):
+            yield f"{name} {dtype}"
+    else:
+        yield f"{asked} {printed}"
+
+
+def _about(sentence: str, place: int) -> "Optional[str]":
+    """What is spoken of nearest before a place in a sentence, else behind it."""
+    nearest = None
+    for match in _SUBJECT.finditer(sentence):
+        if match.start() < place:
+            nearest = match.lastgroup
+        elif nearest is None:
+            return match.lastgroup if match.start() - place < 40 else None
+    return nearest
+
+
+def _dtypes(sentence: str) -> Iterator[Says]:
+    for pattern, what in ((_FLOAT, "float32"), (_HALF, "half")):
+        for match in pattern.finditer(sentence):
+            if re.search(r"(?:no|not|without|没有|不是|无)\s*$", sentence[: match.start()]):
+                continue
+            subject = _about(sentence, match.start())
+            if subject is not None:
+                every = what == "half" and _EVERY.search(sentence)
+                yield Says(subject, "all half" if every else what, sentence)
+                break
+
+
+def _works(sentence: str) -> Iterator[Says]:
+    works = _WORKS.search(sentence) is not None and _NOT_WORKS.search(sentence) is None
+    left_out = _LEFT_OUT.search(sentence)
+    if works and left_out:
+        subject = _nearest(sentence, left_out.end())
+        behind = sentence[left_out.end() :]
+        if re.match(r"\s*(?:those|these|this|that|it|them)\b", behind) or "这行" in sentence:
+            subject = None
+        yield Says(subject or "that", "works without", sentence)
+    elif works and _ALONE.search(sentence):
+        yield Says("base", "works", sentence)
+    elif works:
+        for subject in dict.fromkeys(match.lastgroup for match in _SUBJECT.finditer(sentence)):
+            yield Says(subject or "", "works", sentence)
+    if _ONLY_WITH.search(sentence) and not works:
+        after = _nearest(sentence, _ONLY_WITH.search(sentence).end())  # type: ignore[union-attr]
+        if after:
+            yield Says(after, "fails with", sentence)
+
+
+def _nearest(sentence: str, place: int) -> "Optional[str]":
+    """What is spoken of nearest to a place, on either side."""
+    best, gap = None, 60
+    for match in _SUBJECT.finditer(sentence):
+        away = match.start() - place if match.start() >= place else place - match.end()
+        if abs(away) < gap:
+            best, gap = match.lastgroup, abs(away)
+    return best

@@ -1,0 +1,23 @@
+"""A diagnosis in a terminal's colours."""
+
+from rich.console import Console
+from rich.text import Text
+
+from helpers.doctor.diagnosis import Diagnosis
+from helpers.doctor.plain import lines
+
+
+def show(diagnosis: Diagnosis) -> None:
+    """Print it. What was pasted is printed as it is, and never read as markup."""
+    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+    colour = "red" if diagnosis.is_failure else "green"
+    if not diagnosis.cause:
+        colour = "yellow"
+    for number, line in enumerate(lines(diagnosis)):
+        if number == 0:
+            style = f"bold {colour}"
+        elif line and not line.startswith(" "):
+            style = "bold"
+        else:
+            style = "dim" if line.startswith("      ") else ""
+        console.print(Text(line, style=style))

@@ -1,0 +1,98 @@
+"""The diagnosis of a text."""
+
+from typing import Union
+
+from helpers.doctor import rules
+from helpers.doctor.data import load
+from helpers.doctor.diagnosis import Diagnosis, Shown
+from helpers.doctor.evidence import Evidence, read
+from helpers.doctor.remedies import remedies
+from helpers.doctor.words import say
+
+FOREIGN = {
+    "memory": "It looks like a GPU without enough memory.",
+    "nccl": "It looks like processes that lost each other.",
+    "tokenizer": "It looks like a tokenizer that could not be loaded.",
+    "files": "It looks like files that could not be found or downloaded.",
+    "numbers": "It looks like numbers that overflowed.",
+    "shapes": "It looks like shapes that do not fit each other.",
+    "build": "It looks like flash-attn failing to compile.",
+    "cuda": "It looks like a CUDA kernel that failed for another reason than dtypes.",
+}
+
+
+def diagnose_text(text: "Union[str, bytes]") -> Diagnosis:
+    """What a pasted text shows: a traceback, a log, a post, in any state. Nothing in it is run."""
+    evidence = read(text)
+    verdict = rules.judge(evidence)
+    fixes = remedies(verdict.cause, evidence) if verdict.cause else ()
+    return Diagnosis(
+        cause=verdict.cause,
+        certain=verdict.certain,
+        candidates=verdict.candidates,
+        ruled_out=verdict.ruled_out,
+        evidence=tuple(_shown(verdict, evidence)),
+        fixes=fixes,
+        next_check=_next_check(verdict),
+        is_failure=verdict.is_failure,
+        summary=_summary(verdict),
+        looks_like=_looks_like(verdict, evidence),
+    )
+
+
+def _looks_like(verdict: rules.Verdict, evidence: Evidence) -> str:
+    if verdict.kind == "foreign":
+        return say(FOREIGN[verdict.used[-1].entry["what"]])
+    if verdict.kind == "other":
+        return say("It ended in another error:") + " " + evidence.raised[-1]
+    return ""
+
+
+KINDS = {
+    "error": "error",
+    "log": "log line",
+    "warning": "warning",
+    "frame": "frame",
+    "code": "code",
+    "fact": "output",
+    "prose": "what you write",
+    "foreign": "error",
+}
+
+
+def _shown(verdict: rules.Verdict, evidence: Evidence) -> "list[Shown]":
+    found = [
+        Shown(say(KINDS[sign.kind]), sign.text, say(sign.entry["means"])) for sign in verdict.used
+    ]
+    texts = {one.means for one in found}
+    for said in verdict.said:  # rules over calls and sentences, whose words are their reason
+        if said.label in verdict.candidates and said.points > 0:
+            quoted = any(said.why == one.text for one in evidence.sentences)
+            means = say("It speaks for {label}.").format(label=said.label)
+            if quoted:
+                found.append(Shown(say(KINDS["prose"]), said.why.strip(), means))
+            elif say(said.why) not in texts:
+                found.append(Shown(say("what is missing"), say(said.why), means))
+    return list(dict.fromkeys(found))
+
+
+def _summary(verdict: rules.Verdict) -> str:
+    if verdict.cause:
+        return title(verdict.cause)
+    if verdict.candidates:
+        return say("The text does not decide between these causes.")
+    return say("This is not a dtype problem of FlashAttention.")
+
+
+def _next_check(verdict: rules.Verdict) -> str:
+    """Lines that tell the candidates apart, with what each of them would show."""
+    if verdict.cause or not verdict.candidates:
+        return ""
+    checks = load("checks.json")
+    how = [f"# {label}: {say(checks['shows'][label])}" for label in verdict.candidates]
+    return "\n".join([say(checks["code"][0]), *checks["code"][1:], *how])
+
+
+def title(label: str) -> str:
+    """What a cause is, in one sentence."""
+    return say(load(f"causes/{label}.json")["title"])

@@ -1,0 +1,243 @@
+"""The doctor: what it makes of reports, of exceptions and of any bytes at all."""
+
+import ast
+import json
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import helpers
+from helpers import checkpoints, diagnose, why
+from helpers.doctor import catalogue, evidence, rules, words
+from helpers.doctor.command import main
+from helpers.doctor.share import scrub
+from helpers.doctor.text import diagnose_text
+
+ROOT = Path(__file__).parents[1]
+DOCTOR = ROOT / "helpers" / "doctor"
+REPORTS = json.loads((ROOT / "tests" / "data" / "reports.json").read_text("utf-8"))["reports"]
+HEADLINE = "RuntimeError: FlashAttention only support fp16 and bf16 data type"
+LABELS = set(catalogue.labels())
+
+
+@pytest.fixture(autouse=True)
+def english():
+    words.choose("en")
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=[report["id"] for report in REPORTS])
+def test_a_report(report):
+    found = diagnose_text(report["text"])
+    if report["cause"] is None:
+        assert (found.cause, found.candidates) == (None, ())
+    elif report["decides"]:
+        assert found.cause in {report["cause"], *report["acceptable"]}
+        assert found.certain
+        assert found.fixes[0].label in report["fixes"]
+    else:
+        assert (found.cause, found.certain) == (None, False)
+        assert len(found.candidates) >= 2
+        assert found.next_check
+    assert not {found.cause, *found.candidates} & set(report["ruled_out"])
+    assert found.is_failure is report["is_failure"]
+
+
+def wrapped(text):
+    return "\n".join(line[i : i + 80] for line in text.split("\n") for i in range(0, len(line), 80))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\n".join(f"[rank3]: {line}" for line in text.split("\n")),
+        lambda text: "\n".join(f"> {line}" for line in text.split("\n")),
+        lambda text: "\n".join(f"\x1b[31m{line}\x1b[0m" for line in text.split("\n")),
+        lambda text: f"{text}\n{text}",
+        wrapped,
+    ],
+    ids=["crlf", "rank", "quoted", "colours", "twice", "wrapped"],
+)
+def test_how_a_message_was_carried_changes_nothing(change):
+    texts = [f"{HEADLINE}\n", "RuntimeError: query and key must have the same dtype"]
+    texts += ["RuntimeError: FlashAttention only supports Ampere GPUs or newer."]
+    texts += ["We will cast back the input in torch.float32.\n" + HEADLINE]
+    for text in texts:
+        was, now = diagnose_text(text), diagnose_text(change(text))
+        assert (now.cause, now.candidates) == (was.cause, was.candidates)
+        assert was.candidates
+
+
+@given(st.binary(max_size=400) | st.text(max_size=400))
+def test_any_bytes_get_an_answer(content):
+    found = diagnose_text(content)
+    assert found.summary
+    assert json.loads(found.to_json())["cause"] == found.cause
+    assert str(found)
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_what_stands_around_a_message_does_not_hide_it(before, after):
+    found = diagnose_text(f"{before}\n{HEADLINE}\n{after}")
+    assert found.is_failure
+    assert found.candidates
+    assert "gpu-too-old" in found.ruled_out
+
+
+def test_a_broken_rule_does_not_hide_the_others(monkeypatch, caplog):
+    def broken(_evidence):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rules, "RULES", (broken, *rules.RULES))
+    text = f"We will cast back the input in torch.float32.\n{HEADLINE}"
+    assert diagnose_text(text).cause == "weights-fp32"
+    assert "the rule broken failed" in caplog.text
+
+
+def test_every_label_of_the_data_is_one_of_the_catalogue():
+    signs = evidence.load("signs.json")["signs"]
+    used = {sign["cause"] for sign in signs if "cause" in sign and sign["cause"][:8] != "headline"}
+    for sign in signs:
+        used |= {*sign.get("for", ()), *sign.get("against", ())}
+    assert used <= LABELS
+    assert len({sign["id"] for sign in signs}) == len(signs)
+    assert {*rules.FLOAT32, *rules.PROVEN, *rules.BEFORE_DTYPE} <= LABELS
+
+
+@pytest.mark.parametrize(
+    ("versions", "keyword"),
+    [("transformers 4.44.2", "torch_dtype="), ("transformers==5.22.2", " dtype=")],
+)
+def test_fixes_are_for_the_versions_of_the_text(versions, keyword):
+    text = f"We will cast back the input in torch.float32.\n{HEADLINE}\n{versions}"
+    assert keyword in diagnose_text(text).fixes[0].code
+
+
+def test_every_module_is_one_that_python_3_9_reads():
+    for path in DOCTOR.glob("*.py"):
+        ast.parse(path.read_text("utf-8"), feature_version=(3, 9))
+
+
+def test_the_text_doctor_imports_only_the_standard_library():
+    code = (
+        "import sys; before = set(sys.modules); import helpers.doctor.command as c;"
+        " c.main(['--json', '-']);"
+        " new = {m.partition('.')[0] for m in set(sys.modules) - before};"
+        " print(new - set(sys.stdlib_module_names), file=sys.stderr)"
+    )
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"]
+    done = subprocess.run(command, input=HEADLINE, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "{'helpers'}"
+    assert json.loads(done.stdout)["is_failure"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out"),
+    [
+        (["explain", "weights-fp32"], 0, "# weights-fp32"),
+        (["explain"], 0, "padding-side"),
+        (["explain", "nothing"], 2, "There is no page 'nothing'."),
+        (["no-such-file.txt"], 2, "could not be read"),
+        (["--frobnicate"], 2, "There is no option"),
+        (["--lang", "tlh", "-"], 2, "There are no sentences in 'tlh'"),
+    ],
+)
+def test_the_command(arguments, status, out, capsys):
+    assert main(arguments) == status
+    printed = capsys.readouterr()
+    assert out in printed.out + printed.err
+
+
+def test_a_file_is_read_and_the_status_says_whether_something_failed(tmp_path, capsys):
+    path = tmp_path / "log.txt"
+    path.write_text(HEADLINE)
+    assert main([str(path)]) == 1
+    path.write_text("how to bake bread")
+    assert main([str(path)]) == 0
+    assert "not a dtype problem" in capsys.readouterr().out
+
+
+def test_a_report_block_has_nothing_of_the_person():
+    text = (
+        "File /home/anna/x.py hf_abcdefghijklmnopqrst anna@example.org C:\\Users\\Anna\\y.py"
+        " token=s3cr3tvalue host: gpu-17.cluster https://anna:pw@example.org 10.1.2.3"
+    )
+    cleaned = scrub(text).lower()
+    for word in ("anna", "abcdefghij", "s3cr3t", "gpu-17", "10.1.2.3"):
+        assert word not in cleaned
+
+
+@pytest.fixture
+def failing(one_thread, activated):
+    def load(dtype):
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoints.get("bf16"), dtype=dtype, attn_implementation="flash_attention_2"
+        )
+
+    return load
+
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def raised_by(model, **inputs):
+    try:
+        model(**(inputs or {"input_ids": IDS}))
+    except Exception as error:
+        return error
+    raise AssertionError("it did not fail")
+
+
+def test_why_reads_the_frames(failing):
+    found = why(raised_by(failing(torch.float32)))
+    assert (found.cause, found.certain) == ("weights-fp32", True)
+    shown = {one.text.rpartition(": ")[2]: one.means for one in found.evidence}
+    assert shown["hidden_states"] == "float32"
+    assert shown["q"] == "float32"
+
+
+def test_why_says_what_it_cannot_see(failing):
+    found = why(raised_by(failing(torch.bfloat16).float()))
+    assert (found.cause, found.certain) == (None, False)
+    assert set(found.candidates) == {"kbit-prep", "weights-fp32"}
+
+
+def test_why_after_training_says_autocast(failing):
+    model = failing(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert why(raised_by(model.eval())).cause == "missing-autocast"
+
+
+def test_without_an_exception_why_says_so(monkeypatch):
+    monkeypatch.delattr(sys, "last_exc", raising=False)
+    monkeypatch.delattr(sys, "last_value", raising=False)
+    with pytest.raises(ValueError, match="no exception to explain"):
+        why()
+
+
+def test_a_model_is_diagnosed_before_it_fails(failing):
+    assert diagnose(failing(torch.float32)).cause == "weights-fp32"
+    healthy = diagnose(failing(torch.bfloat16))
+    assert (healthy.cause, healthy.is_failure) == (None, False)
+
+
+def test_what_is_no_text_exception_or_model_is_refused():
+    with pytest.raises(TypeError, match=r"diagnose\(\) got int: give"):
+        diagnose(3)
+
+
+def test_an_exception_and_its_text_get_the_same_answer():
+    try:
+        raise RuntimeError("query and key must have the same dtype")
+    except RuntimeError as error:
+        found = helpers.diagnose(error)
+        text = "".join(traceback.format_exception(error))
+    assert found.cause == diagnose_text(text).cause == "mixed-qkv-dtype"
