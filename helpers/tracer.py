@@ -120,14 +120,19 @@ class Tracer:
         self.refused: Refused | None = None
         self._thread = threading.get_ident()
         self._model = model
-        self._known: dict[int, tuple[Kind, str]] = {}  # storages from before the pass
+        # Storages from before the pass, and the places in them, since several may share one.
+        self._known: dict[int, tuple[Kind, str]] = {}
+        self._placed: dict[tuple[int, int], tuple[Kind, str]] = {}
+        self._used: dict[tuple[int, int, str], Origin] = {}  # by which module
         self._born: dict[int, Origin] = {}  # storages of the pass
         # As long as somebody refers to a storage, if only weakly, no other one gets its address.
         self._reserved: dict[int, StorageWeakRef] = {}
         self.inputs = {name: dtype_name(t.dtype) for kind, name, t in tensors if kind == "input"}
         for kind, name, tensor in tensors:
             if tensor.dtype in WIDE:
-                self._known.setdefault(_storage(tensor), (kind, name))
+                storage = _storage(tensor)
+                self._known.setdefault(storage, (kind, name))
+                self._placed.setdefault((storage, int(tensor.storage_offset())), (kind, name))
 
     @property
     def order(self) -> int:
@@ -244,13 +249,21 @@ class Tracer:
     def _found(self, func: Any, tensor: torch.Tensor, frame: Any) -> Origin:
         """Where the float32 of an operand came in."""
         storage = _storage(tensor)
+        if storage in self._known and self._known[storage][0] != "input":
+            # A weight comes in anew wherever it is used, because one use may be harmless.
+            place = storage, int(tensor.storage_offset())
+            use = (*place, self.module)
+            if use not in self._used:
+                kind, name = self._placed.get(place, self._known[storage])
+                self._used[use] = self._new(func, kind, name, tensor, frame)
+            return self._used[use]
         origin = self._born.get(storage)
         if origin is None:
-            made: tuple[Kind, str | None] = ("input", "made before the forward pass")
+            before: tuple[Kind, str | None] = ("input", "made before the forward pass")
+            made = self._known.get(storage, before)
             if func._schema.name == "aten::lift_fresh":  # torch.tensor(...) and the like
                 made = ("created", None)
-            kind, name = self._known.get(storage, made)
-            origin = self._new(func, kind, name, tensor, frame)
+            origin = self._new(func, *made, tensor, frame)
             self._give(tensor, origin)
         return origin
 

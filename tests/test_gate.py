@@ -707,3 +707,46 @@ def test_what_a_typing_error_in_the_inputs_raises_is_the_same_for_a_config():
     wrong = {"inptu_ids": IDS}
     assert xray(load(), wrong).ok is False
     assert xray(Qwen2Config(num_hidden_layers=1), wrong, dtype="bfloat16").ok is False
+
+
+def with_a_shared_float32():
+    """One float32 tensor in two norms; the first casts back, the second does not."""
+    model = load()
+    shared = torch.nn.Parameter(torch.ones(model.config.hidden_size))
+    for layer, casts in zip(model.model.layers, (True, False), strict=False):
+        layer.input_layernorm = Shares(layer.input_layernorm, shared, casts)
+    return model
+
+
+class Shares(torch.nn.Module):
+    def __init__(self, inner, shared, casts):
+        super().__init__()
+        self.inner, self.shared, self.casts = inner, shared, casts
+
+    def forward(self, x):
+        result = self.inner(x) * self.shared
+        return result.to(x.dtype) if self.casts else result
+
+
+def with_parameters_in_one_storage():
+    model = load()
+    norm = model.model.layers[1].input_layernorm
+    other = model.model.layers[1].post_attention_layernorm
+    flat = torch.ones(2 * norm.weight.numel())
+    first, second = flat.chunk(2)
+    other.weight, norm.weight = torch.nn.Parameter(first), torch.nn.Parameter(second)
+    return model
+
+
+@pytest.mark.parametrize("size", [None, "full"])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (with_a_shared_float32, "model.layers.0.input_layernorm.shared"),
+        (with_parameters_in_one_storage, f"{CHANGED}.weight"),
+    ],
+)
+def test_a_float32_parameter_is_named_where_its_use_matters(make, name, size):
+    found = xray(make(), IDS, size=size)
+    assert found.error == MIXED
+    assert (found.first_float32.module, found.first_float32.name) == (CHANGED, name)
