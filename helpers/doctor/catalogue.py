@@ -34,43 +34,47 @@ def page(label: str) -> str:
 def _lines(cause: "dict[str, Any]") -> Iterator[str]:
     yield f"# {cause['label']}: {say(cause['title'])}"
     yield ""
+    for heading, lines in _sections(cause):
+        if lines:
+            yield f"## {say(heading)}"
+            yield from lines
+            yield ""
+
+
+def _sections(cause: "dict[str, Any]") -> "Iterator[tuple[str, list[str]]]":
+    """Headings, and what stands below them: nothing where the cause has nothing to say."""
     for name, heading in (("what", "What it is"), ("why", "Why it happens")):
-        if cause.get(name):
-            yield f"## {say(heading)}"
-            yield f"{say(cause[name])}"
-            yield ""
-    if cause.get("recognise"):
-        yield f"## {say('How to recognise it')}"
-        yield from (f"- {say(one)}" for one in cause["recognise"])
-        yield ""
-    for name, heading in (("failing", "An example that fails"), ("fixed", "The same, mended")):
-        example = cause.get(name) or {}
-        if example.get("code"):
-            yield f"## {say(heading)}"
-            yield "```python"
-            yield from example["code"]
-            yield "```"
-            if example.get("raises"):
-                yield f"{say('It raises')}: `{example['raises']}`"
-            if example.get("why_not_run"):
-                yield f"{say('Not run')}: {say(example['why_not_run'])}"
-            yield ""
-    if cause.get("safety"):
-        yield f"## {say('Fixes, and how safe they are')}"
-        for one in cause["safety"]:
-            yield f"- `{one['fix']}` ({say(one['level'])}): {say(one['note'])}"
-        yield ""
-    if cause.get("versions"):
-        yield f"## {say('Versions')}"
-        yield from (f"- {say(one)}" for one in cause["versions"])
-        yield ""
-    if cause.get("near_misses"):
-        yield f"## {say('Easily mistaken for')}"
-        for one in cause["near_misses"]:
-            yield f"- `{one['label']}`: {say(one['tell_apart'])}"
-        yield ""
-    if cause.get("sources"):
-        yield f"## {say('Sources')}"
-        for one in cause["sources"]:
-            address = f" <{one['url']}>" if one["url"] else ""
-            yield f"- {say(one['what'])}{address}"
+        yield heading, [say(cause[name])] if cause.get(name) else []
+    yield "How to recognise it", [f"- {say(one)}" for one in cause.get("recognise", ())]
+    yield "An example that fails", _example(cause.get("failing") or {})
+    yield "The same, mended", _example(cause.get("fixed") or {})
+    yield (
+        "Fixes, and how safe they are",
+        [
+            f"- `{one['fix']}` ({say(one['level'])}): {say(one['note'])}"
+            for one in cause.get("safety", ())
+        ],
+    )
+    yield "Versions", [f"- {say(one)}" for one in cause.get("versions", ())]
+    yield (
+        "Easily mistaken for",
+        [f"- `{one['label']}`: {say(one['tell_apart'])}" for one in cause.get("near_misses", ())],
+    )
+    yield (
+        "Sources",
+        [
+            f"- {say(one['what'])}" + (f" <{one['url']}>" if one["url"] else "")
+            for one in cause.get("sources", ())
+        ],
+    )
+
+
+def _example(example: "dict[str, Any]") -> "list[str]":
+    if not example.get("code"):
+        return []
+    lines = ["```python", *example["code"], "```"]
+    if example.get("raises"):
+        lines.append(f"{say('It raises')}: `{example['raises']}`")
+    if example.get("why_not_run"):
+        lines.append(f"{say('Not run')}: {say(example['why_not_run'])}")
+    return lines

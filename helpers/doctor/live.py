@@ -95,7 +95,8 @@ def diagnose_exception(error: BaseException) -> Diagnosis:
         return by_text
     seen = look(error.__traceback__)
     evidence = tuple(_shown(seen))
-    if "dtype-refused" not in read(text).signs:
+    evidence_of_text = read(text)
+    if "dtype-refused" not in evidence_of_text.signs:
         return by_text._replace(evidence=(*by_text.evidence, *evidence))
     found = cause(seen)
     if found is None:
@@ -109,17 +110,16 @@ def diagnose_exception(error: BaseException) -> Diagnosis:
     return told._replace(
         cause=labels[0],
         certain=True,
-        fixes=remedies(labels[0], _evidence(text, seen)),
+        fixes=remedies(labels[0], _with_versions(evidence_of_text)),
         next_check="",
         summary=title(labels[0]),
     )
 
 
-def _evidence(text: str, seen: Seen) -> Evidence:
-    """The evidence of the text, with the versions that are here."""
+def _with_versions(found: Evidence) -> Evidence:
+    """The evidence of a text, with the versions that are here."""
     import importlib.metadata
 
-    found = read(text)
     versions = dict(found.versions)
     for name in ("transformers", "torch", "peft", "flash-attn"):
         try:

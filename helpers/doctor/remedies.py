@@ -15,9 +15,7 @@ BEFORE_AMPERE = ("T4", "V100", "P100", "P40", "GTX", "RTX 20", "RTX20", "Quadro 
 def remedies(cause: str, evidence: Evidence) -> "tuple[Fix, ...]":
     """The fixes of a cause, best first, without those that the evidence rules out."""
     labels = list(load("fixes.json")["for"].get(cause, ()))
-    if cause == "missing-autocast" and beside(evidence):
-        labels.sort(key=lambda label: label != "wrap-in-autocast")
-    if cause == "missing-autocast" and evidence.has("loop") and not evidence.stage("eval"):
+    if cause == "missing-autocast" and (beside(evidence) or evidence.has("loop")):
         labels.sort(key=lambda label: label != "wrap-in-autocast")
     return tuple(remedy(label, cause, evidence) for label in labels)
 

@@ -34,7 +34,7 @@ BEFORE_DTYPE = (
 )
 LOADED = ("flash-attn-missing", "flash-attn-abi-mismatch")
 PROVEN = {  # what an error proves besides its cause: it comes from inside the package
-    "mixed-qkv-dtype": ("flash-attn-missing", "flash-attn-abi-mismatch"),
+    "mixed-qkv-dtype": LOADED,
     "rope-dtype-mismatch": LOADED,
     "gpu-too-old": LOADED,
     "head-dim": ("gpu-too-old", *LOADED),
@@ -90,7 +90,7 @@ def judge(evidence: Evidence) -> Verdict:
     if certain:
         label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
-    if evidence.raised and not certain:
+    if evidence.raised:
         return Verdict(None, False, (), (), True, "other", tuple(harmless))
     if harmless:
         label = "warning-benign"
@@ -107,14 +107,10 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
     """An error whose message has one cause."""
     label = error.entry["cause"]
     used = [error]
-    if label == "flash-attn-missing":
-        for sign in signs:  # Transformers says "not available" also where there is no GPU
+    if label in ("flash-attn-missing", "model-on-cpu"):
+        for sign in signs:  # both are said also where there is no GPU
             if sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3:
                 label, used = "cuda-unavailable", [error, sign]
-    if label == "model-on-cpu" and any(
-        sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3 for sign in signs
-    ):
-        label = "cuda-unavailable"
     if label == "gpu-too-old" and any(NEWER.search(gpu) for gpu in evidence.gpus):
         label = "gpu-arch-not-built"  # flash-attn up to 2.7.2 says so to every GPU it does not know
     out = tuple(x for x in PROVEN.get(label, ()) if x != label)
@@ -210,9 +206,14 @@ def _is_on(evidence: Evidence) -> bool:
     return evidence.has("on") and not evidence.has("unsure")
 
 
+def _in_autocast(evidence: Evidence) -> bool:
+    """Whether the frames run through autocast."""
+    return "f-autocast" in evidence.signs or "f-accelerate" in evidence.signs
+
+
 def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
     """A launch command that is there to its end, without a flag for mixed precision."""
-    if evidence.has("on") or evidence.has("rescued"):
+    if evidence.has("on"):
         return
     for call in evidence.calls:
         if call.name == "yaml" or (call.name == "command" and _trains(call.text)):
@@ -370,12 +371,12 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
         yield Says("kbit-prep", 0, "Nothing is quantised, and nothing was prepared for it.")
     if not evidence.has("quantised") or evidence.has("unquantised"):
         return
-    frames = "f-autocast" in evidence.signs or "f-accelerate" in evidence.signs
     if evidence.stage("train") or evidence.has("lora"):
         why = "Quantised training is prepared, which casts norms and embeddings to float32."
         unsloth = "unsloth" in evidence.libraries  # prepares in a way of its own
-        yield Says("kbit-prep", 1 if unsloth else 3 if frames or _is_on(evidence) else 1, why)
-        if frames:
+        likely = not unsloth and (_in_autocast(evidence) or _is_on(evidence))
+        yield Says("kbit-prep", 3 if likely else 1, why)
+        if _in_autocast(evidence):
             yield Says("upcast-module", -1, why)
     config = [c for c in evidence.calls if c.name.endswith("bitsandbytesconfig") and c.whole]
     if any("compute_dtype" not in c.text and "4bit" in c.text.replace("_", "") for c in config):
@@ -400,15 +401,13 @@ def _rescued_before(evidence: Evidence) -> Iterator[Says]:
 def _remote(evidence: Evidence) -> Iterator[Says]:
     """Code that came with the checkpoint has no rescue cast; that matters where autocast is on."""
     if evidence.has("remote"):
-        frames = "f-autocast" in evidence.signs or "f-accelerate" in evidence.signs
         why = evidence.signs["f-remote"].entry["means"]
-        yield Says("upcast-module", 2 if frames else 1, why)
+        yield Says("upcast-module", 2 if _in_autocast(evidence) else 1, why)
 
 
 def _adapter(evidence: Evidence) -> Iterator[Says]:
     """An adapter beside autocast frames is as likely as a module."""
-    frames = "f-autocast" in evidence.signs or "f-accelerate" in evidence.signs
-    if frames and evidence.has("lora") and "p-no-lora" not in evidence.signs:
+    if _in_autocast(evidence) and evidence.has("lora") and "p-no-lora" not in evidence.signs:
         yield Says("adapter-fp32", 1, "There is an adapter.")
         yield Says("upcast-module", -1, "There is an adapter.")
 
