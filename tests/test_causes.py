@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import backend, checkpoints, state
+from helpers import backend, checkpoints, state, why
 from helpers.doctor import rules
 from helpers.doctor.data import load
 from helpers.doctor.text import diagnose_text
@@ -180,6 +180,10 @@ def test_the_failing_example_fails_with_its_own_message(label, tmp_path, monkeyp
     assert type(error).__name__ == kind, error
     assert str(error).startswith(message)
     assert takes_it_for("".join(traceback.format_exception(error)), label)
+    live = why(error)
+    expected = [IN_THE_WORDS_OF.get(label, label)] if label != "unknown-from-text" else []
+    assert ([live.cause] if live.certain else []) == expected
+    assert live.certain or "not seen" in [one.what for one in live.evidence]
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -8,13 +8,11 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 import helpers
-from helpers import checkpoints, diagnose, why
+from helpers import diagnose
 from helpers.doctor import catalogue, evidence, rules, words
 from helpers.doctor.command import main
 from helpers.doctor.share import scrub
@@ -172,61 +170,6 @@ def test_a_report_block_has_nothing_of_the_person():
     cleaned = scrub(text).lower()
     for word in ("anna", "abcdefghij", "s3cr3t", "gpu-17", "10.1.2.3"):
         assert word not in cleaned
-
-
-@pytest.fixture
-def failing(one_thread, activated):
-    def load(dtype):
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoints.get("bf16"), dtype=dtype, attn_implementation="flash_attention_2"
-        )
-
-    return load
-
-
-IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-
-
-def raised_by(model, **inputs):
-    try:
-        model(**(inputs or {"input_ids": IDS}))
-    except Exception as error:
-        return error
-    raise AssertionError("it did not fail")
-
-
-def test_why_reads_the_frames(failing):
-    found = why(raised_by(failing(torch.float32)))
-    assert (found.cause, found.certain) == ("weights-fp32", True)
-    shown = {one.text.rpartition(": ")[2]: one.means for one in found.evidence}
-    assert shown["hidden_states"] == "float32"
-    assert shown["q"] == "float32"
-
-
-def test_why_says_what_it_cannot_see(failing):
-    found = why(raised_by(failing(torch.bfloat16).float()))
-    assert (found.cause, found.certain) == (None, False)
-    assert set(found.candidates) == {"kbit-prep", "weights-fp32"}
-
-
-def test_why_after_training_says_autocast(failing):
-    model = failing(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    assert why(raised_by(model.eval())).cause == "missing-autocast"
-
-
-def test_without_an_exception_why_says_so(monkeypatch):
-    monkeypatch.delattr(sys, "last_exc", raising=False)
-    monkeypatch.delattr(sys, "last_value", raising=False)
-    with pytest.raises(ValueError, match="no exception to explain"):
-        why()
-
-
-def test_a_model_is_diagnosed_before_it_fails(failing):
-    assert diagnose(failing(torch.float32)).cause == "weights-fp32"
-    healthy = diagnose(failing(torch.bfloat16))
-    assert (healthy.cause, healthy.is_failure) == (None, False)
 
 
 def test_what_is_no_text_exception_or_model_is_refused():

@@ -3,8 +3,9 @@
 from typing import Any
 
 from helpers.doctor.diagnosis import Diagnosis, Shown
+from helpers.doctor.evidence import read
 from helpers.doctor.live import diagnose_exception, look, why
-from helpers.doctor.text import diagnose_text, title
+from helpers.doctor.text import diagnose_text
 from helpers.doctor.words import say
 
 __all__ = ["diagnose", "look", "why"]
@@ -33,34 +34,26 @@ def diagnose(what: Any, inputs: Any = None) -> Diagnosis:
 
 def _of_model(model: Any, inputs: Any) -> Diagnosis:
     from helpers.doctor import live
-    from helpers.doctor.evidence import read
-    from helpers.doctor.remedies import remedies
     from helpers.gate import xray
 
     found = xray(model, inputs)
-    shown = [Shown(say("X-ray"), found.verdict, "")]
+    evidence = [Shown(say("X-ray"), found.verdict, "")]
     if found.first_float32 is not None:
-        shown.append(Shown(say("first float32"), str(found.first_float32), ""))
+        evidence.append(Shown(say("first float32"), str(found.first_float32), ""))
+    parameters = live.parameters_by_kind(model)
+    seen = live.Seen((), model, parameters=parameters, trains=model.training)
+    evidence += live.shown(seen)
     if found.ok:
         summary = say("Nothing is wrong: FlashAttention gets half precision.")
-        return Diagnosis(None, True, (), (), tuple(shown), (), "", False, summary)
-    by_text = diagnose_text(f"{found.error_type}: {found.error}")
-    label, why_ = by_text.cause, None
-    if "dtype-refused" in read(f"{found.error}").signs:
-        parameters = live.parameters_by_kind(model)
-        told = live.cause(live.Seen((), model, "", parameters, model.training, False))
-        if told is not None and len(told[0]) == 1:
-            label, why_ = told[0][0], told[1]
-    if label is None:
-        return by_text._replace(evidence=(*by_text.evidence, *shown))
-    if why_:
-        shown.append(Shown(say("model"), why_, ""))
-    return by_text._replace(
-        cause=label,
-        certain=True,
-        candidates=(label,),
-        evidence=(*by_text.evidence, *shown),
-        fixes=remedies(label, read("")),
-        next_check="",
-        summary=title(label),
-    )
+        if not found.gate or not any(record.kernel for record in found.gate):
+            summary = say("Nothing fails, and no FlashAttention kernel was asked.")
+        return Diagnosis(None, True, (), (), tuple(evidence), (), "", False, summary)
+    text = f"{found.error_type}: {found.error}"
+    told = diagnose_text(text)
+    if found.ok is None:
+        unseen = say("What happens behind the line that stopped.")
+        evidence.append(Shown(say("not seen"), unseen, ""))
+    if "dtype-refused" not in read(text).signs:
+        return told._replace(evidence=(*told.evidence, *evidence))
+    origin = live.by_origin(seen, found.first_float32)
+    return live.decided(told, origin, evidence, live.with_versions(read("")))

@@ -70,3 +70,6 @@ class Diagnosis(NamedTuple):
         from helpers.doctor.plain import page
 
         return page(self)
+
+    def __repr__(self) -> str:  # what why() shows at a prompt is for a person
+        return str(self)

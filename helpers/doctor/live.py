@@ -4,39 +4,31 @@ Needs only the torch that raised it. A model is looked at as it is now, which is
 failed, unless somebody has changed it since.
 """
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Iterable, Iterator
+from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple, Optional
 
 from helpers.doctor.diagnosis import Diagnosis, Shown
 from helpers.doctor.evidence import Evidence, read
 from helpers.doctor.remedies import remedies
-from helpers.doctor.text import diagnose_text, title
-from helpers.doctor.words import say
+from helpers.doctor.text import check, diagnose_text, title
+from helpers.doctor.words import noted, say
 
-# Local variables of Transformers' models on the way to the kernel, in the order of the way.
-STATIONS = (
-    "inputs_embeds",
-    "hidden_states",
-    "query_states",
-    "key_states",
-    "value_states",
-    "query",
-    "key",
-    "value",
-    "target_dtype",
-    "q",
-    "k",
-    "v",
-    "qkv",
-)
 FLOAT32, HALF = "float32", ("float16", "bfloat16")
+MOST = 12  # variables of one frame
+# Files below these hold the machinery of a call, and the kernel's own copies of q, k and v.
+MACHINERY = ("/torch/nn/modules/", "/torch/_", "/torch/amp/", "/torch/autograd/", "/torch/utils/")
+KERNELS = ("/flash_attn", "/flash-attn", "/torch-universal/", "reference_kernel")
+
+
+V = ("value", "value_states", "v")  # what Transformers and the kernel call it
 
 
 class Station(NamedTuple):
-    """A local variable of a frame: where it is, what it is called, and of what dtype it is."""
+    """A tensor of a frame: the path of the module it is in, the function, its name, its dtype."""
 
     module: str
     function: str
@@ -50,19 +42,38 @@ class Seen(NamedTuple):
     Attributes:
         stations: the dtypes on the way, from the first frame to the last.
         model: the outermost module that was running; None if there is none.
-        module: the path of the innermost one.
+        inner: the innermost one that has weights; None if there is none.
+        module: its path in the model.
         parameters: dtypes of the model's floating parameters, by kind: "norm", "embedding",
             "adapter" and "other", each with how many there are.
-        trains: whether a trainer's frame is there, or the model is in training mode.
+        trains: whether a trainer's frame is there, or the model has been trained.
         evaluates: whether a frame of an evaluation or a callback is there.
+        autocast: "on", "off", or "" where the frames do not tell.
+        prepares: whether code of a frame knows prepare_model_for_kbit_training.
     """
 
     stations: "tuple[Station, ...]"
-    model: Any
-    module: str
-    parameters: "dict[str, dict[str, int]]"
-    trains: bool
-    evaluates: bool
+    model: Any = None
+    inner: Any = None
+    module: str = ""
+    parameters: "dict[str, dict[str, int]]" = {}  # noqa: RUF012
+    trains: bool = False
+    evaluates: bool = False
+    autocast: str = ""
+    prepares: bool = False
+
+    def dtype(self, *names: str) -> "Optional[str]":
+        """The dtype of the last station of one of these names."""
+        found = [one.dtype for one in self.stations if one.name in names]
+        return found[-1] if found else None
+
+
+class Cause(NamedTuple):
+    """Labels that the frames leave, what shows it, and what they do not show."""
+
+    labels: "tuple[str, ...]"
+    because: str
+    unseen: str = ""
 
 
 def why(error: "Optional[BaseException]" = None) -> Diagnosis:
@@ -73,7 +84,9 @@ def why(error: "Optional[BaseException]" = None) -> Diagnosis:
     """
     error = error if error is not None else last()
     if error is None:
-        raise ValueError("There is no exception to explain: run the cell that fails, then why().")
+        raise ValueError(
+            say("There is no exception to explain: run the cell that fails, then why().")
+        )
     return diagnose_exception(error)
 
 
@@ -89,44 +102,62 @@ def diagnose_exception(error: BaseException) -> Diagnosis:
     """What an exception and its frames show."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     by_text = diagnose_text(text)
-    if "torch" not in sys.modules or error.__traceback__ is None:
-        return by_text
-    if by_text.cause is None and not by_text.candidates:
+    if "torch" not in sys.modules or error.__traceback__ is None or not by_text.is_ours:
         return by_text
     seen = look(error.__traceback__)
-    evidence = tuple(_shown(seen))
-    evidence_of_text = read(text)
-    if "dtype-refused" not in evidence_of_text.signs:
-        return by_text._replace(evidence=(*by_text.evidence, *evidence))
-    found = cause(seen)
+    evidence = read(text)
+    if "dtype-refused" not in evidence.signs:
+        return by_text._replace(evidence=(*by_text.evidence, *shown(seen)))
+    return decided(by_text, cause(seen), shown(seen), with_versions(evidence))
+
+
+def decided(
+    by_text: Diagnosis, found: "Optional[Cause]", frames: "Iterable[Shown]", evidence: Evidence
+) -> Diagnosis:
+    """A diagnosis by the text, with what the frames or the model decide."""
     if found is None:
-        return by_text._replace(evidence=(*by_text.evidence, *evidence))
-    labels, because = found
+        unseen = Shown(say("not seen"), say("Where q became float32: no frame shows it."), "")
+        return by_text._replace(evidence=(*by_text.evidence, unseen, *frames))
+    more = [Shown(say("model"), found.because, "")]
+    if found.unseen:
+        more.append(Shown(say("not seen"), found.unseen, ""))
     told = by_text._replace(
-        candidates=labels, evidence=(*by_text.evidence, Shown(say("model"), because, ""), *evidence)
+        candidates=found.labels,
+        evidence=(*by_text.evidence, *more, *frames),
+        ruled_out=tuple(label for label in by_text.ruled_out if label not in found.labels),
     )
-    if len(labels) > 1:
-        return told._replace(cause=None, certain=False, fixes=(), next_check=because)
+    if len(found.labels) > 1:
+        return told._replace(
+            cause=None,
+            certain=False,
+            fixes=(),
+            next_check=check(found.labels),
+            summary=say("The frames do not decide between these causes."),
+        )
+    label = found.labels[0]
     return told._replace(
-        cause=labels[0],
+        cause=label,
         certain=True,
-        fixes=remedies(labels[0], _with_versions(evidence_of_text)),
+        fixes=remedies(label, evidence),
         next_check="",
-        summary=title(labels[0]),
+        summary=title(label),
     )
 
 
-def _with_versions(found: Evidence) -> Evidence:
-    """The evidence of a text, with the versions that are here."""
+def with_versions(found: Evidence) -> Evidence:
+    """The evidence of a text, with the versions and the GPUs that are here."""
     import importlib.metadata
+
+    import torch
 
     versions = dict(found.versions)
     for name in ("transformers", "torch", "peft", "flash-attn"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found._replace(versions=versions)
+    gpus = found.gpus
+    if torch.cuda.is_available():
+        gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return found._replace(versions=versions, gpus=gpus)
 
 
 def look(tb: "Optional[TracebackType]") -> Seen:
@@ -134,36 +165,76 @@ def look(tb: "Optional[TracebackType]") -> Seen:
     import torch
 
     stations: list[Station] = []
-    model, owner, names = None, None, {}
-    trains = evaluates = False
+    model, inner, names = None, None, {}
+    owner, autocast, in_kernel = "", "", False
+    trains = evaluates = prepares = False
     while tb is not None:
-        frame = tb.tb_frame
-        tb = tb.tb_next
-        function, variables = frame.f_code.co_name, frame.f_locals
-        mine = variables.get("self")
+        frame, tb = tb.tb_frame, tb.tb_next
+        code = frame.f_code
+        mine = frame.f_locals.get("self")
         if isinstance(mine, torch.nn.Module):
             if model is None:
                 model = mine
                 names = {id(module): name for name, module in model.named_modules()}
             owner = names.get(id(mine), owner)
-        file = frame.f_code.co_filename.replace("\\", "/")
+            inner = mine if next(mine.parameters(), None) is not None else inner
+        function = code.co_name
         trains = trains or function in ("training_step", "_inner_training_loop")
         evaluates = evaluates or function.startswith("on_") or function in BESIDE
-        if "/torch/nn/modules/" in file:
+        prepares = prepares or PREPARE in frame.f_globals
+        autocast = _autocast(frame) or autocast
+        file = code.co_filename.replace("\\", "/")
+        if any(part in file for part in MACHINERY) or in_kernel:
             continue
-        for name in STATIONS:
-            dtype = getattr(variables.get(name), "dtype", variables.get(name))
-            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-                short = str(dtype).partition(".")[2]
-                station = Station(owner or "", function, name, short)
-                if not stations or stations[-1] != station:
-                    stations.append(station)
+        in_kernel = any(part in file for part in KERNELS)
+        stations += list(_stations(frame, owner))
+    if _rescued_to(stations) == FLOAT32:
+        autocast = autocast or "off"  # the rescue takes autocast's dtype where autocast is on
     if model is not None:  # what was trained has gradients, also in eval mode
         trains = trains or model.training or any(p.grad is not None for p in model.parameters())
-    return Seen(tuple(stations), model, owner or "", parameters_by_kind(model), trains, evaluates)
+    parameters = parameters_by_kind(model)
+    return Seen(
+        tuple(stations), model, inner, owner, parameters, trains, evaluates, autocast, prepares
+    )
 
 
 BESIDE = ("evaluate", "evaluation_loop", "prediction_step", "validation_step", "compute_metrics")
+PREPARE = "prepare_model_for_kbit_training"
+
+
+def _autocast(frame: FrameType) -> str:
+    """What a frame of autocast's wrapper says; "" of all others."""
+    if frame.f_code.co_name != "decorate_autocast":
+        return ""
+    instance = frame.f_locals.get("autocast_instance")
+    return "on" if getattr(instance, "_enabled", True) else "off"
+
+
+def _stations(frame: FrameType, owner: str) -> Iterator[Station]:
+    """The floating tensors among a frame's variables, and the dtype that the rescue aims at."""
+    import torch
+
+    code = frame.f_code
+    wanted = _used(code) if code.co_name == "<module>" else None
+    count = 0
+    for name, value in list(frame.f_locals.items()):
+        if wanted is not None and name not in wanted:
+            continue  # what lies about in a notebook was not on the way
+        if isinstance(value, torch.Tensor):
+            value = value.dtype
+        elif name != "target_dtype":
+            continue
+        if isinstance(value, torch.dtype) and value.is_floating_point and count < MOST:
+            count += 1
+            yield Station(owner, code.co_name, name, str(value).partition(".")[2])
+
+
+def _used(code: CodeType) -> "set[str]":
+    return {*code.co_names, *code.co_varnames}
+
+
+def _rescued_to(stations: "list[Station]") -> "Optional[str]":
+    return next((one.dtype for one in stations if one.name == "target_dtype"), None)
 
 
 def parameters_by_kind(model: Any) -> "dict[str, dict[str, int]]":
@@ -181,39 +252,193 @@ def parameters_by_kind(model: Any) -> "dict[str, dict[str, int]]":
 
 def _kind(name: str, parameter: Any) -> str:
     low = name.lower()
-    if "lora_" in low or "adapter" in low:
+    if _is_adapter([name]):
         return "adapter"
     if "norm" in low or "ln_" in low or (parameter.dim() == 1 and low.endswith(".weight")):
         return "norm"
     return "embedding" if "embed" in low or "lm_head" in low else "other"
 
 
-def cause(seen: Seen) -> "Optional[tuple[tuple[str, ...], str]]":
-    """The cause of a q that is not half, or several where frames do not tell them apart, and the
-    words for it; None where they tell nothing."""
+def cause(seen: Seen) -> "Optional[Cause]":
+    """The cause of a q that is not half, or several where the frames do not tell them apart; None
+    where they tell nothing."""
+    if seen.model is None:
+        return _without_a_model(seen)
     dtypes = {kind: set(found) for kind, found in seen.parameters.items()}
     base = dtypes.get("other", set())
-    if base == {FLOAT32}:
-        if seen.evaluates or seen.trains:
-            return ("missing-autocast",), say("All weights are float32, and they are trained.")
-        if declared(seen.model) in HALF:
-            why = say("All weights are float32, though the config says half: who cast them?")
-            return ("kbit-prep", "weights-fp32"), why
-        return ("weights-fp32",), say("All weights are float32.")
-    if not base or not base <= set(HALF):
-        return None
-    embeds = next((s for s in seen.stations if s.name == "inputs_embeds"), None)
-    if (
-        embeds is not None
-        and embeds.dtype == FLOAT32
-        and FLOAT32 not in dtypes.get("embedding", ())
-    ):
-        return ("inputs-fp32",), say("The weights are half, and inputs_embeds came as float32.")
-    if FLOAT32 in dtypes.get("adapter", ()):
-        return ("adapter-fp32",), say("The base model is half, and the adapter is float32.")
-    if FLOAT32 in dtypes.get("norm", ()) or FLOAT32 in dtypes.get("embedding", ()):
-        return ("kbit-prep",), say("Projections are half, and norms or embeddings are float32.")
-    return ("upcast-module",), say("All weights are half: something in between returns float32.")
+    quantised = _quantised(seen.model)
+    if base == {FLOAT32} and not (quantised and seen.dtype("hidden_states") in HALF):
+        return _all_float32(seen, quantised)
+    return _half(seen, dtypes, quantised)
+
+
+def _without_a_model(seen: Seen) -> "Optional[Cause]":
+    """The kernel was called by hand, or the frames of the model are gone."""
+    q, v = seen.dtype("query", "query_states", "q"), seen.dtype(*V)
+    before = next((one.dtype for one in seen.stations if one.name == "q"), None)
+    if q == FLOAT32 and (v in HALF or before in HALF):
+        if before in HALF:
+            because = say("q is half in the caller, and float32 where the kernel gets it.")
+        else:
+            because = say("v reaches the kernel in half precision, and q in float32.")
+        return Cause(("upcast-module",), because)
+    return None
+
+
+def _all_float32(seen: Seen, quantised: bool) -> Cause:
+    """Every weight of the model is float32."""
+    if quantised:
+        because = say("The config names a quantisation, and the weights were unpacked to float32.")
+        return Cause(("quantization-compute-dtype",), because)
+    if seen.autocast == "on":
+        because = say("The weights are float32, and the frames run through autocast.")
+        return Cause(("upcast-module",), because)
+    if seen.dtype(*V) in HALF:
+        because = say("The weights are float32 and v is half, so autocast is on; q is float32.")
+        return Cause(("upcast-module",), because)
+    if seen.evaluates or seen.trains:
+        because = say("All weights are float32, and they are trained.")
+        return Cause(("missing-autocast",), because)
+    if declared(seen.model) not in HALF:
+        return Cause(("weights-fp32",), say("All weights are float32."))
+    because = say("All weights are float32, though the config says half: they were cast later.")
+    if any(p.requires_grad for p in seen.model.parameters()):
+        return Cause(("weights-fp32",), because)
+    if seen.prepares:
+        known = say("They are frozen, and the code calls prepare_model_for_kbit_training.")
+        return Cause(("kbit-prep",), f"{because} {known}")
+    unseen = say("Who cast them: frames show what was running, and not what was done before.")
+    return Cause(("kbit-prep", "weights-fp32"), because, unseen)
+
+
+def _half(seen: Seen, dtypes: "dict[str, set[str]]", quantised: bool) -> "Optional[Cause]":
+    """The weights of the projections are half, or quantised."""
+    float_kinds = [kind for kind in ("norm", "embedding") if FLOAT32 in dtypes.get(kind, ())]
+    if seen.dtype("inputs_embeds") == FLOAT32 and "embedding" not in float_kinds:
+        because = say("The weights are half, and inputs_embeds came as float32.")
+        return Cause(("inputs-fp32",), because)
+    hidden = _of_inner(seen, "hidden_states", "x")
+    if hidden == FLOAT32 and float_kinds:
+        because = say("Projections are half, and norms or embeddings are float32.")
+        return Cause(("kbit-prep",), because)
+    if hidden in HALF:
+        made = asked(seen.inner, hidden)
+        wide = [name for name, dtype in made.items() if dtype == FLOAT32]
+        if wide:
+            return _projection(seen, wide, quantised)
+        if made and set(made.values()) <= set(HALF):
+            because = say(
+                "Projections and norms of {module} return half: what stands between them and the"
+                " kernel returns float32."
+            ).format(module=seen.module)
+            return Cause(("upcast-module",), because)
+    left = ["upcast-module"]
+    left += ["adapter-fp32"] if FLOAT32 in dtypes.get("adapter", ()) else []
+    left += ["kbit-prep"] if float_kinds else []
+    left += ["quantization-compute-dtype"] if quantised else []
+    if len(left) > 1:
+        unseen = say("Which step of the attention returns float32: its modules could not be asked.")
+        return Cause(tuple(left), say("The projections are not float32."), unseen)
+    because = say("All weights are half: something in between returns float32.")
+    return Cause(("upcast-module",), because)
+
+
+def by_origin(seen: Seen, origin: Any) -> Cause:
+    """The cause for a model whose first float32 an X-ray has found.
+
+    Args:
+        seen: of the model; without frames.
+        origin: a ``helpers.tracer.Origin``, or None.
+    """
+    dtypes = {kind: set(found) for kind, found in seen.parameters.items()}
+    if dtypes.get("other", set()) == {FLOAT32}:
+        return _all_float32(seen, _quantised(seen.model))
+    if origin is None:
+        labels = ("upcast-module", "adapter-fp32", "kbit-prep")
+        return Cause(labels, say("The projections are not float32."), say("The first float32."))
+    because = say("The first float32 is {origin}.").format(origin=origin)
+    if origin.kind == "input":
+        return Cause(("inputs-fp32",), because)
+    own = [name for name, _ in seen.model.get_submodule(origin.module).named_children()]
+    if _is_adapter([origin.name] if origin.kind == "parameter" else own):
+        return Cause(("adapter-fp32",), because)
+    if origin.kind == "parameter":
+        norms = dtypes.get("norm", set()) | dtypes.get("embedding", set())
+        if norms == {FLOAT32}:  # one norm alone is a choice of the model, all are a preparation
+            return Cause(("kbit-prep",), because)
+    return Cause(("upcast-module",), because)
+
+
+def _of_inner(seen: Seen, *names: str) -> "Optional[str]":
+    """The dtype in which the innermost module gets its input."""
+    return next(
+        (one.dtype for one in seen.stations if one.module == seen.module and one.name in names),
+        None,
+    )
+
+
+def _projection(seen: Seen, wide: "list[str]", quantised: bool) -> Cause:
+    """Modules of the attention that make float32 of half."""
+    because = say("{module} makes float32 of half.").format(
+        module=", ".join(f"{seen.module}.{name}".lstrip(".") for name in wide)
+    )
+    children = [child for name, child in seen.inner.named_children() if name in wide]
+    if _is_adapter([name for child in children for name, _ in child.named_parameters()]):
+        return Cause(("adapter-fp32",), because)
+    if quantised and not all("norm" in name for name in wide):
+        return Cause(("quantization-compute-dtype",), because)
+    return Cause(("upcast-module",), because)
+
+
+def _is_adapter(names: "list[str]") -> bool:
+    return any("lora" in name.lower() or "adapter" in name.lower() for name in names)
+
+
+def asked(attention: Any, dtype: str) -> "dict[str, str]":
+    """What each child of an attention makes of one token of zeros of this dtype.
+
+    The modules themselves are asked, in eval mode and without gradients, because their weights do
+    not tell: PEFT casts back what its float32 adapters return, and others do not. Those that take
+    something else than one tensor are left out.
+
+    Returns:
+        Names of children and dtypes of what they return, "float32" or "bfloat16" for example.
+    """
+    import torch
+
+    found: dict[str, str] = {}
+    for name, child in attention.named_children():
+        weight = next(child.parameters(), None)
+        width = _width(child)
+        if weight is None or width is None or weight.device.type == "meta":
+            continue
+        modes = [(module, module.training) for module in child.modules()]
+        child.eval()
+        try:
+            with torch.no_grad():
+                zeros = torch.zeros(1, 1, width, dtype=getattr(torch, dtype), device=weight.device)
+                made = child.forward(zeros)
+            found[name] = str(made.dtype).partition(".")[2]
+        except Exception:  # a shape of its own, no memory, a GPU that is gone: it cannot be asked
+            continue
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    return found
+
+
+def _width(child: Any) -> "Optional[int]":
+    """How many features a module takes."""
+    for module in child.modules():
+        width = getattr(module, "in_features", None)
+        if isinstance(width, int):
+            return width
+    weight = getattr(child, "weight", None)
+    return weight.shape[0] if weight is not None and weight.dim() == 1 else None
+
+
+def _quantised(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "quantization_config", None) is not None
 
 
 def declared(model: Any) -> "Optional[str]":
@@ -222,13 +447,32 @@ def declared(model: Any) -> "Optional[str]":
     return str(dtype).rpartition(".")[2] if dtype is not None else None
 
 
-def _shown(seen: Seen) -> Iterator[Shown]:
-    for station in seen.stations:
-        where = f"{station.module or station.function}: {station.name}"
-        yield Shown(say("frame"), where, station.dtype)
-    for kind, dtypes in sorted(seen.parameters.items()):
-        counts = ", ".join(f"{number} {dtype}" for dtype, number in sorted(dtypes.items()))
+AUTOCAST = {"on": noted("on in this call"), "off": noted("off in this call")}
+
+
+def shown(seen: Seen) -> Iterator[Shown]:
+    """The frames in words: each module's tensors, the first float32, autocast, the config."""
+    frames: dict[tuple[str, str], dict[str, str]] = {}
+    for one in seen.stations:
+        frames.setdefault((one.module, one.function), {})[one.name] = one.dtype
+    for (module, function), dtypes in frames.items():
+        where = f"{module} ({function})" if module else function
+        means = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        yield Shown(say("frame"), where, means)
+    first = next((one for one in seen.stations if one.dtype == FLOAT32), None)
+    if first is not None:
+        where = f"{first.module or first.function}: {first.name}"
+        yield Shown(say("first float32"), where, say("No frame before it holds a float32 tensor."))
+    for kind, counted in sorted(seen.parameters.items()):
+        counts = ", ".join(f"{number} {dtype}" for dtype, number in sorted(counted.items()))
         yield Shown(say("parameters"), kind, counts)
+    if seen.model is not None:
+        tells = say(AUTOCAST[seen.autocast]) if seen.autocast else say("not to be seen in frames")
+        yield Shown(say("autocast"), tells, "")
+        attention = getattr(getattr(seen.model, "config", None), "_attn_implementation", None)
+        if declared(seen.model) or attention:
+            named = f"dtype {declared(seen.model)}, attn_implementation {attention}"
+            yield Shown(say("config"), type(seen.model).__name__, named)
 
 
 def load_ipython_extension(shell: Any) -> None:

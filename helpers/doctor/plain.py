@@ -23,7 +23,8 @@ def lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield say("What shows it:")
         for shown in diagnosis.evidence:
             yield f"  {shown.what}: {shown.text}"
-            yield f"      {shown.means}"
+            if shown.means:
+                yield f"      {shown.means}"
     if diagnosis.ruled_out:
         yield ""
         yield say("Ruled out:") + " " + ", ".join(diagnosis.ruled_out)

@@ -85,11 +85,13 @@ def _summary(verdict: rules.Verdict) -> str:
 
 
 def _next_check(verdict: rules.Verdict) -> str:
-    """Lines that tell the candidates apart, with what each of them would show."""
-    if verdict.cause or not verdict.candidates:
-        return ""
+    return "" if verdict.cause or not verdict.candidates else check(verdict.candidates)
+
+
+def check(labels: "tuple[str, ...]") -> str:
+    """Lines that tell labels apart, with what each of them would show."""
     checks = load("checks.json")
-    how = [f"# {label}: {say(checks['shows'][label])}" for label in verdict.candidates]
+    how = [f"# {label}: {say(checks['shows'][label])}" for label in labels]
     return "\n".join([say(checks["code"][0]), *checks["code"][1:], *how])
 
 

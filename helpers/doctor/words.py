@@ -1,15 +1,23 @@
 """The doctor's sentences in the person's language, from gettext catalogues."""
 
 import functools
-import io
-import locale
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Optional
 
 from helpers.doctor.data import raw
 
 LANGUAGES = ("en", "zh-CN")
+# What a person or a locale may call one of them: zh, zh_CN.UTF-8, zh-Hant-TW, en-US, and Windows'
+# "Chinese (Simplified)_China".
+_NAME = re.compile(
+    r"(?i)(zh|en)([-_]han[st])?([-_][a-z]{2})?([.@].*)?|(chinese|english)(?![a-z]).*"
+)
 _chosen = "en"
+_spoken: "ContextVar[Optional[str]]" = ContextVar("_spoken", default=None)
 
 
 def choose(language: "Optional[str]" = None) -> str:
@@ -19,35 +27,81 @@ def choose(language: "Optional[str]" = None) -> str:
         ValueError: there is no catalogue for it.
     """
     global _chosen
-    if language is None:
-        language = guess()
-    if language not in LANGUAGES:
-        known = " and ".join(LANGUAGES)
-        raise ValueError(f"There are no sentences in {language!r}: {known} are there.")
-    _chosen = language
-    return language
+    _chosen = _known(language)
+    return _chosen
 
 
-def guess() -> str:
-    """The language of the locale, if there is a catalogue for it."""
-    names = [os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG")]
-    name = next((name for name in names if name), None)
-    if name is None and os.name == "nt":
-        name = locale.getlocale()[0]
-    return "zh-CN" if (name or "").lower().startswith(("zh", "chinese")) else "en"
+@contextmanager
+def speaking(language: "Optional[str]" = None) -> Iterator[str]:
+    """Speak a language in a block of this thread, and after it the one before.
+
+    Raises:
+        ValueError: there is no catalogue for it.
+    """
+    found = _known(language)
+    before = _spoken.set(found)
+    try:
+        yield found
+    finally:
+        _spoken.reset(before)
 
 
 def say(sentence: str) -> str:
-    """A sentence of ours in the chosen language; itself where it has no translation."""
-    if _chosen == "en" or not sentence:
+    """A sentence of ours in the language that is spoken; itself where it has no translation."""
+    language = _spoken.get() or _chosen
+    if language == "en" or not sentence:
         return sentence
-    translated: str = _catalogue(_chosen).gettext(sentence)
+    translated: str = _catalogue(language).gettext(sentence)
     return translated
+
+
+def noted(sentence: str) -> str:
+    """The sentence itself: marks one that is kept, and said where it is shown (gettext's N_)."""
+    return sentence
+
+
+def guess() -> str:
+    """The language of the locale, found as gettext finds it; English if there is no catalogue."""
+    settings = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    locale = next(filter(None, settings), None) or (_of_windows() if os.name == "nt" else "C")
+    listed = os.environ.get("LANGUAGE") if locale not in ("C", "POSIX") else None
+    names = listed.split(":") if listed else [locale]
+    return next(filter(None, map(_language, names)), "en")
+
+
+def _known(language: "Optional[str]") -> str:
+    if language is None:
+        return guess()
+    found = _language(language)
+    if found is None:
+        sentence = say("There are no sentences in {language}: {known} are there.")
+        known = say("{one} and {other}").format(one=LANGUAGES[0], other=LANGUAGES[1])
+        raise ValueError(sentence.format(language=repr(language), known=known))
+    return found
+
+
+def _language(name: str) -> "Optional[str]":
+    if _NAME.fullmatch(name) is None:
+        return None
+    return "en" if name[:2].lower() == "en" else "zh-CN"
+
+
+def _of_windows() -> str:
+    """The language of Windows' own windows, or else of its locale."""
+    import ctypes
+    import locale
+
+    try:
+        number = ctypes.windll.kernel32.GetUserDefaultUILanguage()  # type: ignore[attr-defined]
+    except (AttributeError, OSError):
+        return locale.getlocale()[0] or "C"
+    return locale.windows_locale.get(number) or locale.getlocale()[0] or "C"
 
 
 @functools.cache
 def _catalogue(language: str) -> Any:
     import gettext
+    import io
 
     name = f"locale/{language.replace('-', '_')}/LC_MESSAGES/doctor.mo"
     return gettext.GNUTranslations(io.BytesIO(raw(name)))
