@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -107,6 +108,19 @@ def test_every_label_of_the_data_is_one_of_the_catalogue():
     assert used <= LABELS
     assert len({sign["id"] for sign in signs}) == len(signs)
     assert {*rules.FLOAT32, *rules.PROVEN, *rules.BEFORE_DTYPE} <= LABELS
+
+
+def test_every_mark_of_a_sign_is_explained_and_read():
+    data = evidence.load("signs.json")
+    known = {"id", "kind", "in", "any", "match", "near", "negatable", "cause", "rank", "for"}
+    known |= {"against", "means", "what", "harmless", "stage"}
+    carried = {key for sign in data["signs"] for key in sign} - known
+    assert carried == set(data["marks"])
+    code = "".join(path.read_text("utf-8") for path in DOCTOR.glob("*.py"))
+    asked = set(re.findall(r'(?:has|entry\.get)\("(\w+)"\)', code)) - known
+    assert asked == carried
+    stages = {sign["stage"] for sign in data["signs"] if "stage" in sign}
+    assert stages == set(re.findall(r'stage\("(\w+)"\)', code))
 
 
 @pytest.mark.parametrize(

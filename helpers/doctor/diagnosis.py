@@ -3,6 +3,9 @@
 import json
 from typing import Any, NamedTuple, Optional
 
+from helpers.doctor.data import load
+from helpers.doctor.words import say
+
 
 class Shown(NamedTuple):
     """A piece of evidence: what kind it is, the line that shows it, and what that means."""
@@ -19,6 +22,11 @@ class Fix(NamedTuple):
     code: str
     versions: str
     safety: str
+
+    @property
+    def title(self) -> str:
+        """What is to be done, in a few words."""
+        return say(load("fixes.json")["fixes"][self.label]["title"])
 
 
 class Diagnosis(NamedTuple):

@@ -34,8 +34,8 @@ def lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield from (f"    {line}" for line in diagnosis.next_check.split("\n"))
     for number, fix in enumerate(diagnosis.fixes, 1):
         yield ""
-        title = say("Fix") if number == 1 else say("Or")
-        yield f"{title}: {fix.label} ({say(fix.safety)}; {fix.versions})"
+        kind = say("Fix") if number == 1 else say("Or")
+        yield f"{kind}: {fix.title} [{fix.label}] ({say(fix.safety)}; {fix.versions})"
         yield from (f"    {line}" for line in fix.code.split("\n") if line)
     if diagnosis.cause:
         yield ""

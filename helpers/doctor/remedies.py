@@ -1,15 +1,12 @@
 """Fixes as code for the person's versions, libraries and GPU."""
 
+import re
 from typing import Any
 
 from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Fix
 from helpers.doctor.evidence import Evidence, version
 from helpers.doctor.words import say
-
-# GPUs before compute capability 8.0: no bfloat16 in hardware (the CUDA programming guide's table of
-# compute capabilities).
-BEFORE_AMPERE = ("T4", "V100", "P100", "P40", "GTX", "RTX 20", "RTX20", "Quadro RTX", "RTX 6000")
 
 
 def remedies(cause: str, evidence: Evidence) -> "tuple[Fix, ...]":
@@ -29,21 +26,19 @@ def remedy(label: str, cause: str, evidence: Evidence) -> Fix:
     """One fix, with lines for this person."""
     entry: dict[str, Any] = load("fixes.json")["fixes"][label]
     codes = entry["code"]
-    names = [*_kinds(cause, evidence), *(n.replace("_", "-") for n in evidence.libraries)]
-    lines = next((codes[name] for name in names if name in codes), codes["default"])
-    half = half_for(evidence)
+    lines = next((codes[name] for name in _kinds(cause, evidence) if name in codes), None)
+    lines = lines or codes["default"]
+    half = "float16" if cause == "gpu-too-old" else half_for(evidence)
     flags = load("fixes.json")["halves"][half]
     keyword, known = dtype_keyword(evidence)
     words = {"dtype": keyword, "half": half, "flag": flags["flag"], "transformers": known}
-    code = "\n".join(lines).format(**words)
-    versions = (
-        say(entry["versions"]).format(**words) if "{dtype}" in code + "".join(lines) else "any"
-    )
-    return Fix(label, code, versions, entry["safety"])
+    names_dtype = any("{dtype}" in line for line in lines)
+    versions = say(entry["versions"]).format(**words) if names_dtype else say("any version")
+    return Fix(label, "\n".join(lines).format(**words), versions, entry["safety"])
 
 
 def _kinds(cause: str, evidence: Evidence) -> "list[str]":
-    """Special forms of a fix for this cause."""
+    """The forms of a fix's code that suit this cause and these libraries, best first."""
     kinds = {
         "quantization-compute-dtype": "bnb",
         "mixed-qkv-dtype": "qkv",
@@ -51,14 +46,17 @@ def _kinds(cause: str, evidence: Evidence) -> "list[str]":
         "sdpa-backend-unavailable": "sdpa",
     }
     found = [kinds[cause]] if cause in kinds else []
-    return [*found, *(["loop"] if evidence.has("loop") else [])]
+    libraries = [name.replace("_", "-") for name in evidence.libraries]
+    old = ["old"] if cause == "gpu-too-old" else []
+    return [*found, *(["loop"] if evidence.has("loop") else []), *libraries, *old]
 
 
 def half_for(evidence: Evidence) -> str:
     """The half-precision dtype for the GPU that the text names; bfloat16 if it names none. Where
     the dtype was checked the GPU is new enough, whatever else is named."""
     checked = "dtype-refused" in evidence.signs
-    old = [gpu for gpu in evidence.gpus if any(name in gpu for name in BEFORE_AMPERE)]
+    before = re.compile(load("gpus.json")["before_ampere"])
+    old = [gpu for gpu in evidence.gpus if before.search(gpu)]
     return "float16" if old and len(old) == len(evidence.gpus) and not checked else "bfloat16"
 
 

@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
+from helpers.doctor.data import load
 from helpers.doctor.evidence import Evidence, Sign
+from helpers.doctor.words import noted
 
 POINTS, LEAD = 4, 2  # a lead of three does with three points
 FLOAT32 = (
@@ -111,13 +113,11 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
         for sign in signs:  # both are said also where there is no GPU
             if sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3:
                 label, used = "cuda-unavailable", [error, sign]
-    if label == "gpu-too-old" and any(NEWER.search(gpu) for gpu in evidence.gpus):
+    newer = re.compile(load("gpus.json")["after_hopper"])
+    if label == "gpu-too-old" and any(newer.search(gpu) for gpu in evidence.gpus):
         label = "gpu-arch-not-built"  # flash-attn up to 2.7.2 says so to every GPU it does not know
     out = tuple(x for x in PROVEN.get(label, ()) if x != label)
     return Verdict(label, True, (label,), out, True, "ours", tuple(used))
-
-
-NEWER = re.compile(r"RTX ?(?:PRO )?(?:50|60)\d\d|\bG?B[123]00\b")  # after Hopper
 
 
 def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
@@ -195,11 +195,11 @@ def _signs(evidence: Evidence) -> Iterator[Says]:
 
 def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     """Where mixed precision is on, only a call beside the training step lies outside autocast."""
-    why = "Mixed precision is on, and nothing says that the call lies outside of it."
+    why = noted("Mixed precision is on, and nothing says that the call lies outside of it.")
     if _is_on(evidence) and not evidence.stage("eval") and not evidence.has("loop"):
         yield Says("missing-autocast", 0, why)
     elif evidence.has("off") and not evidence.has("on"):
-        yield Says("missing-autocast", POINTS, "The flags for mixed precision are off.")
+        yield Says("missing-autocast", POINTS, noted("The flags for mixed precision are off."))
 
 
 def _is_on(evidence: Evidence) -> bool:
@@ -218,11 +218,13 @@ def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
     for call in evidence.calls:
         if call.name == "yaml" or (call.name == "command" and _trains(call.text)):
             points = POINTS if call.whole else 1
-            yield Says("missing-autocast", points, "The launch asks for no mixed precision.")
+            yield Says("missing-autocast", points, noted("The launch asks for no mixed precision."))
             return
         if call.name.endswith(TRAINER) and "bf16" not in call.text and "fp16" not in call.text:
             points = POINTS if call.whole else 1
-            yield Says("missing-autocast", points, "The trainer is asked for no mixed precision.")
+            yield Says(
+                "missing-autocast", points, noted("The trainer is asked for no mixed precision.")
+            )
             return
 
 
@@ -248,10 +250,12 @@ def _trains(command: str) -> bool:
 def _outside_autocast(evidence: Evidence) -> Iterator[Says]:
     """Training that works, and a call beside it that fails."""
     if evidence.has("outside") and evidence.stage("train"):
-        yield Says("missing-autocast", POINTS, "Training works, and a call beside it does not.")
+        yield Says(
+            "missing-autocast", POINTS, noted("Training works, and a call beside it does not.")
+        )
     if evidence.has("loop") and (evidence.stage("eval") or evidence.has("beside")):
         yield Says(
-            "missing-autocast", POINTS, "The loop uses autocast, and this call is beside it."
+            "missing-autocast", POINTS, noted("The loop uses autocast, and this call is beside it.")
         )
 
 
@@ -283,10 +287,10 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
         points = 2 if evidence.stage("train") and not evidence.has("off") else POINTS
         if evidence.has("on") and evidence.stage("train"):
             points = 1
-        yield Says("weights-fp32", points, "A model is loaded without a dtype.")
+        yield Says("weights-fp32", points, noted("A model is loaded without a dtype."))
         return
     if half and not {"c-load-float32", "warn-float32"} & evidence.signs.keys():
-        yield Says("weights-fp32", -3, "Half precision was asked for at load time.")
+        yield Says("weights-fp32", -3, noted("Half precision was asked for at load time."))
 
 
 NAMED = ("dtype", "quantization_config", "load_in", "bf16", "fp16")  # others speak of these
@@ -368,11 +372,11 @@ def _trained(evidence: Evidence) -> bool:
 def _quantised(evidence: Evidence) -> Iterator[Says]:
     """What quantising, training and a compute dtype say together."""
     if evidence.has("unquantised") and "c-kbit" not in evidence.signs:
-        yield Says("kbit-prep", 0, "Nothing is quantised, and nothing was prepared for it.")
+        yield Says("kbit-prep", 0, noted("Nothing is quantised, and nothing was prepared for it."))
     if not evidence.has("quantised") or evidence.has("unquantised"):
         return
     if evidence.stage("train") or evidence.has("lora"):
-        why = "Quantised training is prepared, which casts norms and embeddings to float32."
+        why = noted("Quantised training is prepared, which casts norms and embeddings to float32.")
         unsloth = "unsloth" in evidence.libraries  # prepares in a way of its own
         likely = not unsloth and (_in_autocast(evidence) or _is_on(evidence))
         yield Says("kbit-prep", 3 if likely else 1, why)
@@ -381,7 +385,7 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
     config = [c for c in evidence.calls if c.name.endswith("bitsandbytesconfig") and c.whole]
     if any("compute_dtype" not in c.text and "4bit" in c.text.replace("_", "") for c in config):
         points = 2 if evidence.stage("train") else POINTS
-        why = "bnb_4bit_compute_dtype is left out, and its default is float32."
+        why = noted("bnb_4bit_compute_dtype is left out, and its default is float32.")
         yield Says("quantization-compute-dtype", points, why)
 
 
@@ -389,27 +393,43 @@ def _twice_the_size(evidence: Evidence) -> Iterator[Says]:
     """A merged checkpoint of twice the size of the one that it came from is float32."""
     sizes = evidence.sizes
     if evidence.has("merged") and any(1.8 < a / b < 2.2 for a in sizes for b in sizes if b):
-        yield Says("weights-fp32", 3, "The merged checkpoint is twice as large.")
+        yield Says("weights-fp32", 3, noted("The merged checkpoint is twice as large."))
 
 
 def _rescued_before(evidence: Evidence) -> Iterator[Says]:
     """The rescue aimed at half precision before, and at float32 in the end: autocast was left."""
     if {"warn-rescued", "rescue-float32"} <= evidence.signs.keys():
-        yield Says("missing-autocast", 7, "Autocast was on before, and is off in this call.")
+        yield Says("missing-autocast", 7, noted("Autocast was on before, and is off in this call."))
 
 
-def _remote(evidence: Evidence) -> Iterator[Says]:
-    """Code that came with the checkpoint has no rescue cast; that matters where autocast is on."""
+def _own_attention(evidence: Evidence) -> Iterator[Says]:
+    """Attention that is not Transformers' has no rescue cast; that matters where autocast is on."""
+    why = ""
     if evidence.has("remote"):
         why = evidence.signs["f-remote"].entry["means"]
+    elif not _caller(evidence).startswith(("transformers/", "torch/")):
+        why = noted("The code that calls FlashAttention is not Transformers', which casts back.")
+    if why:
         yield Says("upcast-module", 2 if _in_autocast(evidence) else 1, why)
+    elif evidence.has("own"):
+        yield Says("upcast-module", 1, evidence.signs["p-own-attention"].entry["means"])
+
+
+def _caller(evidence: Evidence) -> str:
+    """The file that called the flash_attn package; "torch/" if no frame shows it."""
+    before = "torch/"
+    for file, _ in evidence.frames:
+        if file.startswith("flash_attn"):
+            return before
+        before = before if file.startswith("torch/") else file
+    return "torch/"
 
 
 def _adapter(evidence: Evidence) -> Iterator[Says]:
     """An adapter beside autocast frames is as likely as a module."""
     if _in_autocast(evidence) and evidence.has("lora") and "p-no-lora" not in evidence.signs:
-        yield Says("adapter-fp32", 1, "There is an adapter.")
-        yield Says("upcast-module", -1, "There is an adapter.")
+        yield Says("adapter-fp32", 1, noted("There is an adapter."))
+        yield Says("upcast-module", -1, noted("There is an adapter."))
 
 
 RULES: "tuple[Rule, ...]" = (
@@ -422,6 +442,6 @@ RULES: "tuple[Rule, ...]" = (
     _quantised,
     _twice_the_size,
     _rescued_before,
-    _remote,
+    _own_attention,
     _adapter,
 )

@@ -7,17 +7,17 @@ from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Diagnosis, Shown
 from helpers.doctor.evidence import Evidence, read
 from helpers.doctor.remedies import remedies
-from helpers.doctor.words import say
+from helpers.doctor.words import noted, say
 
 FOREIGN = {
-    "memory": "It looks like a GPU without enough memory.",
-    "nccl": "It looks like processes that lost each other.",
-    "tokenizer": "It looks like a tokenizer that could not be loaded.",
-    "files": "It looks like files that could not be found or downloaded.",
-    "numbers": "It looks like numbers that overflowed.",
-    "shapes": "It looks like shapes that do not fit each other.",
-    "build": "It looks like flash-attn failing to compile.",
-    "cuda": "It looks like a CUDA kernel that failed for another reason than dtypes.",
+    "memory": noted("It looks like a GPU without enough memory."),
+    "nccl": noted("It looks like processes that lost each other."),
+    "tokenizer": noted("It looks like a tokenizer that could not be loaded."),
+    "files": noted("It looks like files that could not be found or downloaded."),
+    "numbers": noted("It looks like numbers that overflowed."),
+    "shapes": noted("It looks like shapes that do not fit each other."),
+    "build": noted("It looks like flash-attn failing to compile."),
+    "cuda": noted("It looks like a CUDA kernel that failed for another reason than dtypes."),
 }
 
 
@@ -49,14 +49,14 @@ def _looks_like(verdict: rules.Verdict, evidence: Evidence) -> str:
 
 
 KINDS = {
-    "error": "error",
-    "log": "log line",
-    "warning": "warning",
-    "frame": "frame",
-    "code": "code",
-    "fact": "output",
-    "prose": "what you write",
-    "foreign": "error",
+    "error": noted("error"),
+    "log": noted("log line"),
+    "warning": noted("warning"),
+    "frame": noted("frame"),
+    "code": noted("code"),
+    "fact": noted("output"),
+    "prose": noted("what you write"),
+    "foreign": noted("error"),
 }
 
 
