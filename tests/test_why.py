@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from kernels import get_kernel
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
@@ -256,3 +257,24 @@ def test_float32_features_of_a_half_model_are_inputs():
 
     found = diagnose(Features().to(torch.bfloat16), {"features": torch.zeros(1, 4, 32)})
     assert found.cause == "inputs-fp32"
+
+
+def test_why_speaks_the_language_that_it_is_asked_for(failing):
+    error = raised_by(failing(torch.float32))
+    chinese = why(error, language="zh-CN")
+    assert chinese.language == "zh-CN"
+    assert chinese.cause == why(error).cause
+    assert why(error).language == "en"
+    with pytest.raises(ValueError, match="no sentences in 'tlh'"):
+        why(error, language="tlh")
+
+
+def test_the_magic_explains_the_last_exception(monkeypatch):
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("load_ext", "helpers.doctor.live")
+    monkeypatch.setattr(
+        sys, "last_exc", RuntimeError("query and key must have the same dtype"), raising=False
+    )
+    assert shell.run_line_magic("why", "").cause == "mixed-qkv-dtype"
+    assert shell.run_line_magic("why", "zh-CN").language == "zh-CN"
+    InteractiveShell.clear_instance()

@@ -1,17 +1,19 @@
 """Ask the doctor: about a text, an exception, or a model before it fails."""
 
-from typing import Any
+import contextlib
+from typing import Any, Optional
 
 from helpers.doctor.diagnosis import Diagnosis, Shown
 from helpers.doctor.evidence import read
-from helpers.doctor.live import diagnose_exception, look, why
+from helpers.doctor.frames import Seen, parameters_by_kind
+from helpers.doctor.live import diagnose_exception, why
 from helpers.doctor.text import diagnose_text
-from helpers.doctor.words import say
+from helpers.doctor.words import say, speaking, spoken
 
-__all__ = ["diagnose", "look", "why"]
+__all__ = ["diagnose", "why"]
 
 
-def diagnose(what: Any, inputs: Any = None) -> Diagnosis:
+def diagnose(what: Any, inputs: Any = None, *, language: "Optional[str]" = None) -> Diagnosis:
     """What is wrong: with a pasted text, an exception, or a model.
 
     A model runs one forward pass and is left as it was (``helpers.xray`` says how).
@@ -19,35 +21,40 @@ def diagnose(what: Any, inputs: Any = None) -> Diagnosis:
     Args:
         what: text or bytes; an exception; a model.
         inputs: what the model's forward gets; by default something small.
+        language: "en" or "zh-CN"; by default the one that is spoken, which is English at first.
 
     Raises:
         TypeError: it is none of these.
+        ValueError: there is no such language.
     """
-    if isinstance(what, (str, bytes)):
-        return diagnose_text(what)
-    if isinstance(what, BaseException):
-        return diagnose_exception(what)
-    if hasattr(what, "named_parameters") and hasattr(what, "forward"):
-        return _of_model(what, inputs)
+    with speaking(language) if language else contextlib.nullcontext():
+        if isinstance(what, (str, bytes)):
+            return diagnose_text(what)
+        if isinstance(what, BaseException):
+            return diagnose_exception(what)
+        if hasattr(what, "named_parameters") and hasattr(what, "forward"):
+            return _of_model(what, inputs)
     raise TypeError(f"diagnose() got {type(what).__name__}: give a text, an exception or a model.")
 
 
 def _of_model(model: Any, inputs: Any) -> Diagnosis:
+    from helpers import xray
     from helpers.doctor import live
-    from helpers.gate import xray
 
     found = xray(model, inputs)
     evidence = [Shown(say("X-ray"), found.verdict, "")]
     if found.first_float32 is not None:
         evidence.append(Shown(say("first float32"), str(found.first_float32), ""))
-    parameters = live.parameters_by_kind(model)
-    seen = live.Seen((), model, parameters=parameters, trains=model.training)
+    parameters = parameters_by_kind(model)
+    seen = Seen((), model, parameters=parameters, trains=model.training)
     evidence += live.shown(seen)
     if found.ok:
         summary = say("Nothing is wrong: FlashAttention gets half precision.")
         if not found.gate or not any(record.kernel for record in found.gate):
             summary = say("Nothing fails, and no FlashAttention kernel was asked.")
-        return Diagnosis(None, True, (), (), tuple(evidence), (), "", False, summary)
+        return Diagnosis(
+            None, True, (), (), tuple(evidence), (), "", False, summary, language=spoken()
+        )
     text = f"{found.error_type}: {found.error}"
     told = diagnose_text(text)
     if found.ok is None:

@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple, Optional
 
 from helpers.doctor.data import load
-from helpers.doctor.words import say
+from helpers.doctor.words import say, speaking
 
 
 class Shown(NamedTuple):
@@ -43,6 +43,7 @@ class Diagnosis(NamedTuple):
         is_failure: whether something failed, or there is only a warning.
         summary: one sentence.
         looks_like: where it is not ours, what it looks like, if that is known.
+        language: of the sentences, and of what is printed.
     """
 
     cause: Optional[str]
@@ -55,6 +56,7 @@ class Diagnosis(NamedTuple):
     is_failure: bool
     summary: str
     looks_like: str = ""
+    language: str = "en"
 
     @property
     def is_ours(self) -> bool:
@@ -77,7 +79,8 @@ class Diagnosis(NamedTuple):
     def __str__(self) -> str:
         from helpers.doctor.plain import page
 
-        return page(self)
+        with speaking(self.language):
+            return page(self)
 
     def __repr__(self) -> str:  # what why() shows at a prompt is for a person
         return str(self)

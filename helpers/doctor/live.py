@@ -1,71 +1,30 @@
 """The diagnosis of an exception that is still there: its frames hold every dtype on the way.
 
-Needs only the torch that raised it. A model is looked at as it is now, which is as it was when it
-failed, unless somebody has changed it since.
+Needs only the torch that raised it.
 """
 
 import contextlib
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple, Optional
 
 from helpers.doctor.diagnosis import Diagnosis, Shown
 from helpers.doctor.evidence import Evidence, read
+from helpers.doctor.frames import (
+    FLOAT32,
+    HALF,
+    Seen,
+    V,
+    asked,
+    declared,
+    is_adapter,
+    is_quantised,
+    look,
+)
 from helpers.doctor.remedies import remedies
 from helpers.doctor.text import check, diagnose_text, title
-from helpers.doctor.words import noted, say
-
-FLOAT32, HALF = "float32", ("float16", "bfloat16")
-MOST = 12  # variables of one frame
-# Files below these hold the machinery of a call, and the kernel's own copies of q, k and v.
-MACHINERY = ("/torch/nn/modules/", "/torch/_", "/torch/amp/", "/torch/autograd/", "/torch/utils/")
-KERNELS = ("/flash_attn", "/flash-attn", "/torch-universal/", "reference_kernel")
-
-
-V = ("value", "value_states", "v")  # what Transformers and the kernel call it
-
-
-class Station(NamedTuple):
-    """A tensor of a frame: the path of the module it is in, the function, its name, its dtype."""
-
-    module: str
-    function: str
-    name: str
-    dtype: str
-
-
-class Seen(NamedTuple):
-    """What the frames of an exception hold.
-
-    Attributes:
-        stations: the dtypes on the way, from the first frame to the last.
-        model: the outermost module that was running; None if there is none.
-        inner: the innermost one that has weights; None if there is none.
-        module: its path in the model.
-        parameters: dtypes of the model's floating parameters, by kind: "norm", "embedding",
-            "adapter" and "other", each with how many there are.
-        trains: whether a trainer's frame is there, or the model has been trained.
-        evaluates: whether a frame of an evaluation or a callback is there.
-        autocast: "on", "off", or "" where the frames do not tell.
-        prepares: whether code of a frame knows prepare_model_for_kbit_training.
-    """
-
-    stations: "tuple[Station, ...]"
-    model: Any = None
-    inner: Any = None
-    module: str = ""
-    parameters: "dict[str, dict[str, int]]" = {}  # noqa: RUF012
-    trains: bool = False
-    evaluates: bool = False
-    autocast: str = ""
-    prepares: bool = False
-
-    def dtype(self, *names: str) -> "Optional[str]":
-        """The dtype of the last station of one of these names."""
-        found = [one.dtype for one in self.stations if one.name in names]
-        return found[-1] if found else None
+from helpers.doctor.words import noted, say, speaking
 
 
 class Cause(NamedTuple):
@@ -76,18 +35,23 @@ class Cause(NamedTuple):
     unseen: str = ""
 
 
-def why(error: "Optional[BaseException]" = None) -> Diagnosis:
+def why(error: "Optional[BaseException]" = None, *, language: "Optional[str]" = None) -> Diagnosis:
     """Why the last exception was raised, or this one: in IPython also as ``%why``.
 
+    Args:
+        error: an exception; by default the last that nobody caught.
+        language: "en" or "zh-CN"; by default the one that is spoken, which is English at first.
+
     Raises:
-        ValueError: there is no exception.
+        ValueError: there is no exception, or no such language.
     """
-    error = error if error is not None else last()
-    if error is None:
-        raise ValueError(
-            say("There is no exception to explain: run the cell that fails, then why().")
-        )
-    return diagnose_exception(error)
+    with speaking(language) if language else contextlib.nullcontext():
+        error = error if error is not None else last()
+        if error is None:
+            raise ValueError(
+                say("There is no exception to explain: run the cell that fails, then why().")
+            )
+        return diagnose_exception(error)
 
 
 def last() -> "Optional[BaseException]":
@@ -160,105 +124,6 @@ def with_versions(found: Evidence) -> Evidence:
     return found._replace(versions=versions, gpus=gpus)
 
 
-def look(tb: "Optional[TracebackType]") -> Seen:
-    """What the frames hold, from the first to the last."""
-    import torch
-
-    stations: list[Station] = []
-    model, inner, names = None, None, {}
-    owner, autocast, in_kernel = "", "", False
-    trains = evaluates = prepares = False
-    while tb is not None:
-        frame, tb = tb.tb_frame, tb.tb_next
-        code = frame.f_code
-        mine = frame.f_locals.get("self")
-        if isinstance(mine, torch.nn.Module):
-            if model is None:
-                model = mine
-                names = {id(module): name for name, module in model.named_modules()}
-            owner = names.get(id(mine), owner)
-            inner = mine if next(mine.parameters(), None) is not None else inner
-        function = code.co_name
-        trains = trains or function in ("training_step", "_inner_training_loop")
-        evaluates = evaluates or function.startswith("on_") or function in BESIDE
-        prepares = prepares or PREPARE in frame.f_globals
-        autocast = _autocast(frame) or autocast
-        file = code.co_filename.replace("\\", "/")
-        if any(part in file for part in MACHINERY) or in_kernel:
-            continue
-        in_kernel = any(part in file for part in KERNELS)
-        stations += list(_stations(frame, owner))
-    if _rescued_to(stations) == FLOAT32:
-        autocast = autocast or "off"  # the rescue takes autocast's dtype where autocast is on
-    if model is not None:  # what was trained has gradients, also in eval mode
-        trains = trains or model.training or any(p.grad is not None for p in model.parameters())
-    parameters = parameters_by_kind(model)
-    return Seen(
-        tuple(stations), model, inner, owner, parameters, trains, evaluates, autocast, prepares
-    )
-
-
-BESIDE = ("evaluate", "evaluation_loop", "prediction_step", "validation_step", "compute_metrics")
-PREPARE = "prepare_model_for_kbit_training"
-
-
-def _autocast(frame: FrameType) -> str:
-    """What a frame of autocast's wrapper says; "" of all others."""
-    if frame.f_code.co_name != "decorate_autocast":
-        return ""
-    instance = frame.f_locals.get("autocast_instance")
-    return "on" if getattr(instance, "_enabled", True) else "off"
-
-
-def _stations(frame: FrameType, owner: str) -> Iterator[Station]:
-    """The floating tensors among a frame's variables, and the dtype that the rescue aims at."""
-    import torch
-
-    code = frame.f_code
-    wanted = _used(code) if code.co_name == "<module>" else None
-    count = 0
-    for name, value in list(frame.f_locals.items()):
-        if wanted is not None and name not in wanted:
-            continue  # what lies about in a notebook was not on the way
-        if isinstance(value, torch.Tensor):
-            value = value.dtype
-        elif name != "target_dtype":
-            continue
-        if isinstance(value, torch.dtype) and value.is_floating_point and count < MOST:
-            count += 1
-            yield Station(owner, code.co_name, name, str(value).partition(".")[2])
-
-
-def _used(code: CodeType) -> "set[str]":
-    return {*code.co_names, *code.co_varnames}
-
-
-def _rescued_to(stations: "list[Station]") -> "Optional[str]":
-    return next((one.dtype for one in stations if one.name == "target_dtype"), None)
-
-
-def parameters_by_kind(model: Any) -> "dict[str, dict[str, int]]":
-    """How many floating parameters of each kind have each dtype."""
-    found: dict[str, dict[str, int]] = {}
-    if model is None:
-        return found
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            dtypes = found.setdefault(_kind(name, parameter), {})
-            short = str(parameter.dtype).partition(".")[2]
-            dtypes[short] = dtypes.get(short, 0) + 1
-    return found
-
-
-def _kind(name: str, parameter: Any) -> str:
-    low = name.lower()
-    if _is_adapter([name]):
-        return "adapter"
-    if "norm" in low or "ln_" in low or (parameter.dim() == 1 and low.endswith(".weight")):
-        return "norm"
-    return "embedding" if "embed" in low or "lm_head" in low else "other"
-
-
 def cause(seen: Seen) -> "Optional[Cause]":
     """The cause of a q that is not half, or several where the frames do not tell them apart; None
     where they tell nothing."""
@@ -266,7 +131,7 @@ def cause(seen: Seen) -> "Optional[Cause]":
         return _without_a_model(seen)
     dtypes = {kind: set(found) for kind, found in seen.parameters.items()}
     base = dtypes.get("other", set())
-    quantised = _quantised(seen.model)
+    quantised = is_quantised(seen.model)
     if base == {FLOAT32} and not (quantised and seen.dtype("hidden_states") in HALF):
         return _all_float32(seen, quantised)
     return _half(seen, dtypes, quantised)
@@ -352,7 +217,7 @@ def by_origin(seen: Seen, origin: Any) -> Cause:
     """
     dtypes = {kind: set(found) for kind, found in seen.parameters.items()}
     if dtypes.get("other", set()) == {FLOAT32}:
-        return _all_float32(seen, _quantised(seen.model))
+        return _all_float32(seen, is_quantised(seen.model))
     if origin is None:
         labels = ("upcast-module", "adapter-fp32", "kbit-prep")
         return Cause(labels, say("The projections are not float32."), say("The first float32."))
@@ -360,7 +225,7 @@ def by_origin(seen: Seen, origin: Any) -> Cause:
     if origin.kind == "input":
         return Cause(("inputs-fp32",), because)
     own = [name for name, _ in seen.model.get_submodule(origin.module).named_children()]
-    if _is_adapter([origin.name] if origin.kind == "parameter" else own):
+    if is_adapter([origin.name] if origin.kind == "parameter" else own):
         return Cause(("adapter-fp32",), because)
     if origin.kind == "parameter":
         norms = dtypes.get("norm", set()) | dtypes.get("embedding", set())
@@ -383,68 +248,11 @@ def _projection(seen: Seen, wide: "list[str]", quantised: bool) -> Cause:
         module=", ".join(f"{seen.module}.{name}".lstrip(".") for name in wide)
     )
     children = [child for name, child in seen.inner.named_children() if name in wide]
-    if _is_adapter([name for child in children for name, _ in child.named_parameters()]):
+    if is_adapter([name for child in children for name, _ in child.named_parameters()]):
         return Cause(("adapter-fp32",), because)
     if quantised and not all("norm" in name for name in wide):
         return Cause(("quantization-compute-dtype",), because)
     return Cause(("upcast-module",), because)
-
-
-def _is_adapter(names: "list[str]") -> bool:
-    return any("lora" in name.lower() or "adapter" in name.lower() for name in names)
-
-
-def asked(attention: Any, dtype: str) -> "dict[str, str]":
-    """What each child of an attention makes of one token of zeros of this dtype.
-
-    The modules themselves are asked, in eval mode and without gradients, because their weights do
-    not tell: PEFT casts back what its float32 adapters return, and others do not. Those that take
-    something else than one tensor are left out.
-
-    Returns:
-        Names of children and dtypes of what they return, "float32" or "bfloat16" for example.
-    """
-    import torch
-
-    found: dict[str, str] = {}
-    for name, child in attention.named_children():
-        weight = next(child.parameters(), None)
-        width = _width(child)
-        if weight is None or width is None or weight.device.type == "meta":
-            continue
-        modes = [(module, module.training) for module in child.modules()]
-        child.eval()
-        try:
-            with torch.no_grad():
-                zeros = torch.zeros(1, 1, width, dtype=getattr(torch, dtype), device=weight.device)
-                made = child.forward(zeros)
-            found[name] = str(made.dtype).partition(".")[2]
-        except Exception:  # a shape of its own, no memory, a GPU that is gone: it cannot be asked
-            continue
-        finally:
-            for module, mode in modes:
-                module.training = mode
-    return found
-
-
-def _width(child: Any) -> "Optional[int]":
-    """How many features a module takes."""
-    for module in child.modules():
-        width = getattr(module, "in_features", None)
-        if isinstance(width, int):
-            return width
-    weight = getattr(child, "weight", None)
-    return weight.shape[0] if weight is not None and weight.dim() == 1 else None
-
-
-def _quantised(model: Any) -> bool:
-    return getattr(getattr(model, "config", None), "quantization_config", None) is not None
-
-
-def declared(model: Any) -> "Optional[str]":
-    """The dtype that a model's config names, which no later cast changes."""
-    dtype = getattr(getattr(model, "config", None), "dtype", None)
-    return str(dtype).rpartition(".")[2] if dtype is not None else None
 
 
 AUTOCAST = {"on": noted("on in this call"), "off": noted("off in this call")}
@@ -476,5 +284,5 @@ def shown(seen: Seen) -> Iterator[Shown]:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """``%load_ext helpers.doctor.live`` gives ``%why``."""
-    shell.register_magic_function(lambda line: why(), "line", "why")
+    """``%load_ext helpers.doctor.live`` gives ``%why``, and ``%why zh-CN`` in Chinese."""
+    shell.register_magic_function(lambda line: why(language=line.strip()), "line", "why")

@@ -7,7 +7,7 @@ from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Diagnosis, Shown
 from helpers.doctor.evidence import Evidence, read
 from helpers.doctor.remedies import remedies
-from helpers.doctor.words import noted, say
+from helpers.doctor.words import noted, say, spoken
 
 FOREIGN = {
     "memory": noted("It looks like a GPU without enough memory."),
@@ -37,6 +37,7 @@ def diagnose_text(text: "Union[str, bytes]") -> Diagnosis:
         is_failure=verdict.is_failure,
         summary=_summary(verdict),
         looks_like=_looks_like(verdict, evidence),
+        language=spoken(),
     )
 
 

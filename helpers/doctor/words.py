@@ -46,9 +46,14 @@ def speaking(language: "Optional[str]" = None) -> Iterator[str]:
         _spoken.reset(before)
 
 
+def spoken() -> str:
+    """The language that is spoken now."""
+    return _spoken.get() or _chosen
+
+
 def say(sentence: str) -> str:
     """A sentence of ours in the language that is spoken; itself where it has no translation."""
-    language = _spoken.get() or _chosen
+    language = spoken()
     if language == "en" or not sentence:
         return sentence
     translated: str = _catalogue(language).gettext(sentence)
