@@ -39,7 +39,9 @@ NOTHING = dict.fromkeys([*range(9), *range(11, 13), *range(14, 27), *range(28, 3
 
 
 class Sign(NamedTuple):
-    """A sign that was found: its entry in signs.json, the line that shows it, and where that is."""
+    """A sign that was found: its entry in signs.json, the line that shows it, where that is, and
+    whether it stands behind the name of an exception, so that it was raised and not only told of.
+    """
 
     id: str
     kind: str
@@ -47,6 +49,7 @@ class Sign(NamedTuple):
     at: int
     last: int
     entry: "dict[str, Any]"
+    raised: bool = False
 
 
 class Evidence(NamedTuple):
@@ -143,6 +146,10 @@ def read(text: "Union[str, bytes]") -> Evidence:
         if not failed and any(word in piece for word in ERRORS):
             failed = FAILED.search(piece) is not None
         at += len(piece)
+    for sign, subjects in NOT_LEFT_OUT.items():
+        told = [one.what for one in sentences if one.subject in subjects]
+        if {"works", "works with", "works without"} & set(told):
+            signs.pop(sign, None)
     return Evidence(
         signs,
         list(calls.values()),
@@ -157,6 +164,12 @@ def read(text: "Union[str, bytes]") -> Evidence:
     )
 
 
+# "It works without LoRA" is not "there is no LoRA".
+NOT_LEFT_OUT = {
+    "p-no-lora": ("lora", "dora", "full"),
+    "p-no-quant": ("quant",),
+    "c-compute-half": ("compute",),
+}
 SIZE = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?) ?g(?:i?b)?\b")
 LIBRARIES = {
     "llamafactory": ("llamafactory", "llama-factory", "train_bash.py"),
@@ -289,11 +302,23 @@ def _look(
         return
     share = len(piece) / (len(text) or 1)
     first, last = (at + int(spot[0] * share) for spot in (spots[0], spots[-1]))
+    raised = any(BEHIND.search(text[max(spot[0] - 24, 0) : spot[0]]) for spot in spots)
     if known is not None:
-        signs[entry["id"]] = known._replace(last=last)
+        signs[entry["id"]] = known._replace(last=last, raised=known.raised or raised)
         return
     quoted = _quote(piece, text[spots[0][0] : spots[0][1]], entry["in"] == "compact")
-    signs[entry["id"]] = Sign(entry["id"], entry["kind"], quoted, first, last, entry)
+    if entry["kind"] in ("warning", "log") and ELSEWHERE.search(quoted):
+        return
+    signs[entry["id"]] = Sign(entry["id"], entry["kind"], quoted, first, last, entry, raised)
+
+
+# What a person tells of another run, in the line that quotes it.
+ELSEWHERE = re.compile(
+    r"(?i)(?:an)?other (?:script|run|machine|project|model)|different (?:script|run)"
+    r"|last (?:week|time)"
+    r"|另一个(?:脚本|项目|模型)|别的(?:脚本|项目|模型)|上周|上次"
+)
+BEHIND = re.compile(r"(?:error|exception)\W{0,3}$")
 
 
 NEGATED = re.compile(r"(?:\bno|\bnot|\bnever|\bwithout|n't|没有?|未|不)\s*(?:\w+ ){0,3}[`'\"(]?$")
@@ -335,7 +360,7 @@ def _calls(flat: str) -> Iterator[Call]:
             text = match[0][: 4 * REACH]
             if text.count("--") >= 3:
                 yield Call("command", text, "..." not in text and "…" not in text)
-    if "per_device_train_batch_size:" in flat or "num_train_epochs:" in flat:
+    if any(key in flat for key in ("batch_size:", "num_train_epochs:", "do_predict:")):
         for match in YAML.finditer(flat):
             yield Call("yaml", match[0], "..." not in match[0])
     if "(" in flat:

@@ -14,11 +14,17 @@ def remedies(cause: str, evidence: Evidence) -> "tuple[Fix, ...]":
     labels = list(load("fixes.json")["for"].get(cause, ()))
     if cause == "missing-autocast" and (beside(evidence) or evidence.has("loop")):
         labels.sort(key=lambda label: label != "wrap-in-autocast")
+    if "c-randn" in evidence.signs:
+        labels.sort(key=lambda label: label != "cast-qkv-or-module")
+    if cause == "weights-fp32" and evidence.has("meant"):
+        labels = [label for label in labels if label == "use-other-attention"] or labels
     return tuple(remedy(label, cause, evidence) for label in labels)
 
 
 def beside(evidence: Evidence) -> bool:
     """Whether the failing call lies beside the training step."""
+    if evidence.has("predicts"):
+        return False  # a run of its own, with flags of its own
     return evidence.stage("eval") or evidence.has("outside") or evidence.has("beside")
 
 
@@ -34,7 +40,14 @@ def remedy(label: str, cause: str, evidence: Evidence) -> Fix:
     words = {"dtype": keyword, "half": half, "flag": flags["flag"], "transformers": known}
     names_dtype = any("{dtype}" in line for line in lines)
     versions = say(entry["versions"]).format(**words) if names_dtype else say("any version")
-    return Fix(label, "\n".join(lines).format(**words), versions, entry["safety"])
+    code = "\n".join(map(_commented, lines)).format(**words)
+    return Fix(label, code, versions, entry["safety"])
+
+
+def _commented(line: str) -> str:
+    """A line of code with its comment in the person's language."""
+    code, mark, comment = line.partition("# ")
+    return f"{code}{mark}{say(comment)}"
 
 
 def _kinds(cause: str, evidence: Evidence) -> "list[str]":

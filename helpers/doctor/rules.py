@@ -82,6 +82,7 @@ def judge(evidence: Evidence) -> Verdict:
     foreign = [sign for sign in signs if sign.kind == "foreign"]
     harmless = [sign for sign in signs if sign.entry.get("harmless")]
     if errors:
+        errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
         error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
         if error.entry["cause"].startswith("headline"):
             return _of_float32(evidence, error, signs)
@@ -98,6 +99,13 @@ def judge(evidence: Evidence) -> Verdict:
         label = "warning-benign"
         return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
     return Verdict(None, False, (), (), evidence.failed, "nothing", ())
+
+
+def _was_raised(sign: Sign, evidence: Evidence) -> bool:
+    """Whether an error was raised here, and is not one that the person has read of elsewhere; what
+    explains other errors, as a missing symbol does, stands in their texts."""
+    explains = sign.entry.get("rank", 0) >= 3
+    return explains or sign.raised or any(sign.text[:100] == line[:100] for line in evidence.raised)
 
 
 def _best(sign: Sign) -> int:
@@ -122,6 +130,10 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
 
 def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
     """The headline error: q is not half, and the rest has to say why."""
+    if evidence.has("halves") and "c-randn" not in evidence.signs:
+        label = "flash-attn-abi-mismatch"  # half was given, so the binary reads dtypes wrongly
+        used = (error, evidence.signs["c-randn-half"])
+        return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", used)
     said: list[Says] = []
     for rule in RULES:
         try:
@@ -186,10 +198,8 @@ def _signs(evidence: Evidence) -> Iterator[Says]:
         for label, points in sign.entry.get("for", {}).items():
             yield Says(label, points, sign.entry["means"])
         for label in sign.entry.get("against", ()):
-            if sign.id == "p-no-lora" and (
-                evidence.says("works without", "lora", "dora") or evidence.says("works", "full")
-            ):
-                continue  # "without LoRA it works" is not "there is no LoRA"
+            if sign.id == "c-params-half" and evidence.says("float32", "weights"):
+                continue  # another part of the model is float32
             yield Says(label, 0, sign.entry["means"])
 
 
@@ -213,9 +223,9 @@ def _in_autocast(evidence: Evidence) -> bool:
 
 def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
     """A launch command that is there to its end, without a flag for mixed precision."""
-    if evidence.has("on"):
-        return
     for call in evidence.calls:
+        if evidence.has("on") and not re.search(r"do_predict: true", call.text):
+            continue  # the flag may stand in what is not shown
         if call.name == "yaml" or (call.name == "command" and _trains(call.text)):
             points = POINTS if call.whole else 1
             yield Says("missing-autocast", points, noted("The launch asks for no mixed precision."))
@@ -289,7 +299,7 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
             points = 1
         yield Says("weights-fp32", points, noted("A model is loaded without a dtype."))
         return
-    if half and not {"c-load-float32", "warn-float32"} & evidence.signs.keys():
+    if half and not {"c-load-float32", "c-float-call", "warn-float32"} & evidence.signs.keys():
         yield Says("weights-fp32", -3, noted("Half precision was asked for at load time."))
 
 
@@ -308,6 +318,14 @@ FLOAT32_OF = {
     "compute": "quantization-compute-dtype",
     "fp8": "quantization-compute-dtype",
     "kbit": "kbit-prep",
+}
+# What works once this is given has this cause.
+CURED = {
+    "flag": "missing-autocast",
+    "autocast": "missing-autocast",
+    "load": "weights-fp32",
+    "compute": "quantization-compute-dtype",
+    "input": "inputs-fp32",
 }
 # What works where this is left out, or fails only with it, has this cause.
 BLAMED = {
@@ -336,6 +354,10 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
             if label == "weights-fp32" and "c-load-float32" in evidence.signs:
                 continue  # the same fact, seen as code
             yield Says(label, POINTS if label != "weights-fp32" else 3, one.text)
+        elif one.what == "turned" and one.subject in ("norm", "rope", "module", "q"):
+            yield Says("upcast-module", POINTS, one.text)
+        elif one.what == "works with" and one.subject in CURED:
+            yield Says(CURED[one.subject], POINTS, one.text)
         elif one.what == "all half" and one.subject == "weights":
             yield Says("weights-fp32", -4, one.text)
         elif one.what in ("works without", "fails with") and one.subject in BLAMED:
@@ -346,7 +368,9 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
             if one.subject == "autocast":
                 yield Says("missing-autocast", 0, one.text)
         elif one.what == "works without" and one.subject == "that":
-            if evidence.has("floats"):
+            if "c-float-call" in evidence.signs:
+                yield Says("weights-fp32", POINTS, one.text)
+            elif evidence.has("floats"):
                 yield Says("upcast-module", POINTS, one.text)
             elif evidence.has("lora"):
                 yield Says("adapter-fp32", POINTS, one.text)

@@ -17,22 +17,30 @@ SUBJECTS = {
     "kbit": r"prepare_model_for_\w+|prepare_for_kbit|k-?bit (?:training|preparation)",
     "dora": r"\bdora\b|use_dora|lora_magnitude\w*|magnitude",
     "lora": r"\b(?:q|v|lora)?_?lora\w*(?: (?:params?|parameters?|weights?|layers?))?|disable_adapter\w*|\bpeft\w*|adapters?\b|适配器|\blora权重",
-    "compute": r"compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
+    "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
     "fp8": r"\S*fp8\b",
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
     "norm": r"\w*norms?\d*\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
     "rope": r"\brope\w*|rotary\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
+    "q": r"\bqk?v?\b|query(?:_states)?\b|attention inputs?",
     "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b|image_features?|input_features|pixel_values\w*"
     r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed|soft[ _]?prompts?"
-    r"|特征|\.npy\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
+    r"|特征|\w+_feats?\b|\.npy\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
     "attention": r"\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
     "autocast": r"\bautocast\w*|\bmixed[ _-]precision\b|\bamp\b|混合精度",
     "full": r"full[- ](?:parameter )?fine-?\s?tun\w*|full[- ]param\w*|全参数?微?调?|全量微?调?",
     "weights": r"param(?:eter)?s?\b|weights?\b|checkpoints?\b|safetensors|\bmodel\b|state_dict|\bconfig\b"
-    r"|\b\w+_config\b|encoders?\b|towers?\b|backbone|权重|参数|模型|检查点|q_proj|lm_head|linear layers?",
+    r"|\b\w+_config\b|encoders?\b|towers?\b|backbone|权重|底座|参数|模型|检查点|q_proj|lm_head|linear layers?",
+}
+REMEDIES = {
+    "flag": r"--(?:bf16|fp16)\b|\b(?:bf16|fp16)['\"]? ?[=:] ?['\"]?true|mixed_precision",
+    "compute": SUBJECTS["compute"],
+    "load": r"(?<!compute_)(?:torch_)?dtype\b|model_kwargs",
+    "autocast": r"\bautocast\w*",
+    "input": SUBJECTS["input"],
 }
 PROGRAMS = (
     "silently casted in float32",
@@ -41,6 +49,7 @@ PROGRAMS = (
     "but the current dype",
 )
 _SUBJECT = re.compile("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
+_REMEDY = re.compile("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
 _FLOAT = re.compile(
     r"(?<![\w-])(?:float32|fp32|float 32|单精度)(?![\w-])|\.float\(\)|\bfp32(?=[^\w-])"
 )
@@ -67,13 +76,24 @@ _ONLY_WITH = re.compile(
     r"\bonly (?:when|with|if|after|the)\b|\bas soon as\b|\bonce i\b|\bthe only (?:change|difference)\b|\bafter (?:adding|enabling|wrapping|attaching)"
     r"|\bflip (?:it )?to true|只有|一(?:开|加|用|挂|启用|打开)|加上|打开|开启|之后就|后就"
 )
+_WITH = re.compile(
+    r"\b(?:add|set|pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|\bwith\b"
+    r"|加上|加了|加个|设(?:置|成|为|了)|改成|改为|传(?:入|了)?|指定|换成|包(?:上|了|在)|套(?:上|了)|转成|转换?为|手动"
+)
 _FAILS = re.compile(
     r"\bfail\w*|\berror\w*|\bcrash\w*|\bbreaks?\b|\bdies?\b|\braises?\b|\bblows?\b|报|崩|挂|不行|出错"
 )
 
 
+_TURNED = re.compile(
+    r"\bbec[ao]mes?\b|\bturn(?:s|ed)?\b|\bcomes? out\b|\bcame out\b|\bends? up\b|\bpromot\w+|\bafter\b|->|→|=>"
+    r"|成|变|提升|之后|以后|出来"
+)
+
+
 class Says(NamedTuple):
-    """A sentence: what it is about, and "float32", "half", "all half", "works without",
+    """A sentence: what it is about, and "float32", "half", "all half", "turned" (from half to
+    float32), "works without", "works with" (a remedy),
     "works" or "fails with"."""
 
     subject: str
@@ -143,6 +163,9 @@ def _dtypes(sentence: str) -> Iterator[Says]:
                 continue
             subject = _about(sentence, match.start())
             if subject is not None:
+                before = _HALF.search(sentence, 0, match.start())
+                if what == "float32" and before and _TURNED.search(sentence, before.end()):
+                    yield Says(subject, "turned", sentence)
                 every = what == "half" and _EVERY.search(sentence)
                 yield Says(subject, "all half" if every else what, sentence)
                 break
@@ -159,6 +182,10 @@ def _works(sentence: str) -> Iterator[Says]:
         yield Says(subject or "that", "works without", sentence)
     elif works and _ALONE.search(sentence):
         yield Says("base", "works", sentence)
+    elif (
+        works and (with_ := _WITH.search(sentence)) and (subject := _behind(sentence, with_.end()))
+    ):
+        yield Says(subject, "works with", sentence)
     elif works:
         for subject in dict.fromkeys(match.lastgroup for match in _SUBJECT.finditer(sentence)):
             yield Says(subject or "", "works", sentence)
@@ -166,6 +193,12 @@ def _works(sentence: str) -> Iterator[Says]:
         after = _nearest(sentence, _ONLY_WITH.search(sentence).end())  # type: ignore[union-attr]
         if after:
             yield Says(after, "fails with", sentence)
+
+
+def _behind(sentence: str, place: int) -> "Optional[str]":
+    """What could be a remedy, soon behind a place in a sentence."""
+    match = _REMEDY.search(sentence, place, place + 60)
+    return match.lastgroup if match else None
 
 
 def _nearest(sentence: str, place: int) -> "Optional[str]":
