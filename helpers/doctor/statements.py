@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
-MOST = 4000  # sentences that are read; prose is short, and logs have been read for signs
+MOST = 2000  # sentences that are read; prose is short, and logs have been read for signs
 LONG = 500  # characters of a sentence
 
 SUBJECTS = {
