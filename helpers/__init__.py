@@ -4,6 +4,7 @@ The public names are resolved on first use, so that ``import helpers`` loads nei
 transformers.
 """
 
+import sys
 from importlib import import_module
 
 TYPE_CHECKING = False  # what type checkers take for True; importing typing costs milliseconds
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from helpers.backend import versions
     from helpers.checklist import same_dtype
     from helpers.doctor.ask import diagnose, why
+    from helpers.doctor.panel import doctor_panel
     from helpers.errors import PlanError
     from helpers.experiment import Outcome, run
     from helpers.gate import xray
@@ -22,6 +24,7 @@ _HOME_OF = {
     "Outcome": "helpers.experiment",
     "PlanError": "helpers.errors",
     "diagnose": "helpers.doctor.ask",
+    "doctor_panel": "helpers.doctor.panel",
     "why": "helpers.doctor.ask",
     "run": "helpers.experiment",
     "same_dtype": "helpers.checklist",
@@ -35,6 +38,7 @@ __all__ = [
     "Outcome",
     "PlanError",
     "diagnose",
+    "doctor_panel",
     "explore",
     "run",
     "same_dtype",
@@ -46,7 +50,19 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _HOME_OF:
-        return getattr(import_module(_HOME_OF[name]), name)
+        if sys.version_info < (3, 10) and not _HOME_OF[name].startswith("helpers.doctor."):
+            raise ImportError(
+                f"helpers.{name} needs Python 3.10 or newer. A text and an exception"
+                " can be diagnosed with this one."
+            )
+        try:
+            return getattr(import_module(_HOME_OF[name]), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"helpers.{name} needs more than is here, {error.name!r} is missing: take the whole"
+                " guide and install its dependencies.",
+                name=error.name,
+            ) from error
     raise AttributeError(f"module 'helpers' has no attribute {name!r}")
 
 

@@ -6,19 +6,17 @@ recorded ones.
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
-from helpers import checkpoints, recorded, view
+from helpers import checkpoints, controls, recorded, view
 from helpers.backend import versions
 from helpers.errors import PlanError
 from helpers.experiment import Outcome, run
 from helpers.plan import ATTENTION, AUTOCAST, DEFAULT_DTYPES, DTYPES, LoadPlan
-from helpers.style import STYLE_TAG
+from helpers.style import known_html, status_html
 
-SCRIPT = (Path(__file__).parent / "data" / "panel.js").read_text("utf-8")
 INSTALLED = versions()["transformers"]
 NOT_SET = "not set"  # a Dropdown shows nothing for the value None
 
@@ -46,22 +44,19 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         }
         choices = [f"{INSTALLED} (runs here)", *self.others]
         self.transformers = _dropdown("Transformers", choices, choices[0])
-        self.button = widgets.Button(description="Run", button_style="primary")
-        self.button.add_class("dg-run")
+        self.button = controls.run_button("Run")
         self.button.on_click(self._run)
-        self.known = widgets.HTML()
-        self.known.add_class("dg-known")
+        self.known = controls.line("", "dg-known")
         for knob in (self.transformers, *self.knobs.values()):
             knob.observe(self._know, "value")
         self._know()
-        self.status = widgets.HTML(view.status_html("Ready."))
-        self.status.add_class("dg-status")
+        self.status = controls.line(status_html("Ready."), "dg-status")
         self.result = widgets.HTML()
         self.history = widgets.HTML()
         version = [self.transformers] if self.others else []
-        form = widgets.Box([*version, *self.knobs.values(), self.button])
-        form.add_class("dg-form")
-        super().__init__([_page_parts(), form, self.known, self.status, self.result, self.history])
+        form = controls.form([*version, *self.knobs.values(), self.button])
+        parts = controls.page_parts()
+        super().__init__([parts, form, self.known, self.status, self.result, self.history])
         self.add_class("dg-panel")
 
     def plan(self) -> LoadPlan:
@@ -75,25 +70,25 @@ class ExplorePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no typ
         # ipywidgets lets a press of Run overtake the settings that were changed just before it;
         # panel.js holds the press back until the kernel knows what the page shows.
         shown = [self.transformers, *self.knobs.values()] if self.others else self.knobs.values()
-        self.known.value = f"<span hidden>{' | '.join(knob.value for knob in shown)}</span>"
+        self.known.value = known_html(knob.value for knob in shown)
 
     def _run(self, _button: Any = None) -> None:
         # Not `disabled`, which would throw the focus out of the panel; panel.js keeps clicks off.
         self.button.add_class("dg-busy")
-        self.status.value = view.status_html("Running ...")
+        self.status.value = status_html("Running ...")
         try:
             self.outcomes.append(self._outcome())
         except (Exception, KeyboardInterrupt) as error:
             message = view.problem(error)
             self.result.value = view.problem_html(message)
-            said = view.status_html("Not run.", message)
+            said = status_html("Not run.", message)
         else:
             outcome = self.outcomes[-1]
             self.result.value = view.outcome_html(outcome)
             self.history.value = view.history_html(self.outcomes)
             how = "is a recorded one" if outcome.recorded else "is done"
             seen = f"Run {len(self.outcomes)} {how}."
-            said = view.status_html(seen, view.spoken(outcome))
+            said = status_html(seen, view.spoken(outcome))
         finally:
             self.button.remove_class("dg-busy")
         # Last of all: who reads that it is done may press again at once.
@@ -136,12 +131,3 @@ def _dropdown(label: str, values: Iterable[Any], value: Any) -> widgets.Dropdown
     options = [NOT_SET if v is None else str(v) for v in dict.fromkeys([*values, value])]
     chosen = NOT_SET if value is None else str(value)
     return widgets.Dropdown(options=options, value=chosen, description=label)
-
-
-def _page_parts() -> widgets.Output:
-    """Style and script, which a page runs from an output and not from an HTML widget."""
-    html = f"{STYLE_TAG}<script>{SCRIPT}</script>"
-    output = {"output_type": "display_data", "data": {"text/html": html}, "metadata": {}}
-    parts = widgets.Output(outputs=(output,))
-    parts.add_class("dg-parts")
-    return parts

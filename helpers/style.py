@@ -1,7 +1,66 @@
-"""The style of everything that the guide draws, in JupyterLab's theme colours."""
+"""The style of everything that the guide draws, in JupyterLab's theme colours, and pieces of HTML
+that cards and panels share. All text that goes into a piece is escaped.
+"""
 
-from pathlib import Path
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from typing import Literal
+from zlib import adler32
 
-STYLE = (Path(__file__).parent / "data" / "panel.css").read_text("utf-8")
+STYLE = files("helpers").joinpath("data/panel.css").read_text("utf-8")
 # A page that does not trust the notebook yet drops it, so everything has to read well without.
 STYLE_TAG = f"<style>{STYLE}</style>"
+
+State = Literal["good", "bad", "warn", "idle"]
+
+
+def verdict_html(state: State, head: str, sentence: str, is_code: bool = False) -> str:
+    """The headline: a mark and a word, then a sentence or the message of an error."""
+    tag = "code" if is_code else "span"
+    return (
+        f'<p class="dg-verdict dg-{state}"><strong>{escape(head)}</strong>'
+        f" <{tag}>{escape(sentence)}</{tag}></p>"
+    )
+
+
+def status_html(seen: str, spoken: str = "") -> str:
+    """The line beside the button. A screen reader speaks all of it; ``spoken`` is not shown,
+    because it stands below."""
+    return f'{escape(seen)} <span class="dg-spoken">{escape(spoken)}</span>'
+
+
+def known_html(values: Iterable[str], **words: str) -> str:
+    """For panel.js: what the kernel knows of the controls. ``words`` are what the page says by
+    itself, if not in English."""
+    data = "".join(f' data-{name}="{escape(said)}"' for name, said in words.items())
+    return f"<span hidden{data}>{escape(' | '.join(values))}</span>"
+
+
+def digest(text: str) -> str:
+    """What known_html says of a long text; panel.js computes the same of a text area, which has
+    no carriage returns."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return str(adler32(lines.encode("utf-16-le", "surrogatepass")))
+
+
+def details_html(summary: str, inside: str) -> str:
+    """HTML that opens on demand."""
+    return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
+
+
+def pre_html(label: str, text: str) -> str:
+    """Lines that scroll sideways, also from the keyboard."""
+    code = f"<code>{escape(text)}</code>"
+    return f'<pre tabindex="0" role="group" aria-label="{escape(label)}">{code}</pre>'
+
+
+def snippet_html(title: str, label: str, text: str, copy: str = "Copy") -> str:
+    """Lines with a copy button, which stays hidden until panel.js is there to serve it. JupyterLab
+    would take a bare ``hidden`` away while it does not trust the notebook."""
+    return (
+        f'<div class="dg-snippet"><div class="dg-bar"><span>{escape(title)}</span>'
+        f'<button type="button" class="dg-copy" hidden="hidden">{escape(copy)}</button>'
+        '<span class="dg-copied" role="status"></span></div>'
+        f"{pre_html(label, text)}</div>"
+    )

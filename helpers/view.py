@@ -7,18 +7,17 @@ from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from helpers import river
 from helpers.errors import CheckpointError, PlanError
 from helpers.experiment import Outcome
 from helpers.plan import LoadPlan
-from helpers.style import STYLE_TAG
+from helpers.style import STYLE_TAG, State, details_html, pre_html, snippet_html, verdict_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-State = Literal["good", "bad", "warn", "idle"]
 SYMBOL: dict[State, str] = {"good": "✔", "bad": "✖", "warn": "⚠", "idle": "·"}
 
 
@@ -232,10 +231,10 @@ def outcome_html(outcome: Outcome) -> str:
             f'<blockquote class="dg-answer">{escape(outcome.text)}</blockquote>'
         )
     if outcome.frames:
-        parts.append(_details_html("Traceback", _pre_html("Traceback", traceback_text(outcome))))
+        parts.append(details_html("Traceback", pre_html("Traceback", traceback_text(outcome))))
     if said := [*outcome.warnings, *outcome.logs]:
         lines = "".join(f"<li>{escape(line)}</li>" for line in said)
-        parts.append(_details_html(f"Warnings and log lines ({len(said)})", f"<ul>{lines}</ul>"))
+        parts.append(details_html(f"Warnings and log lines ({len(said)})", f"<ul>{lines}</ul>"))
     parts.append(_snippet_html(outcome))
     parts.append(f'<p class="dg-small">{escape(measured_with(outcome))}</p>')
     return f'<div class="dg-outcome">{"".join(parts)}</div>'
@@ -310,23 +309,14 @@ def problem_html(message: str) -> str:
     return _verdict_html(Verdict("bad", "Not run", message))
 
 
-def status_html(seen: str, spoken: str = "") -> str:
-    """The line beside *Run*. A screen reader speaks all of it; ``spoken`` is not shown, because it
-    stands below."""
-    return f'{escape(seen)} <span class="dg-spoken">{escape(spoken)}</span>'
-
-
 def spoken(outcome: Outcome) -> str:
     """The verdict, and the answer if there is one."""
     return f"{verdict(outcome)} {outcome.text or ''}".rstrip()
 
 
 def _verdict_html(result: Verdict) -> str:
-    tag = "code" if result.word == "Fails" else "span"
-    return (
-        f'<p class="dg-verdict dg-{result.state}"><strong>{SYMBOL[result.state]}'
-        f" {escape(result.word)}:</strong> <{tag}>{escape(result.sentence)}</{tag}></p>"
-    )
+    head = f"{SYMBOL[result.state]} {result.word}:"
+    return verdict_html(result.state, head, result.sentence, is_code=result.word == "Fails")
 
 
 def _road_html(road: Iterable[Station]) -> str:
@@ -342,27 +332,10 @@ def _mark(station: Station) -> str:
     return "" if station.state == "idle" else f"{SYMBOL[station.state]} "
 
 
-def _details_html(summary: str, inside: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
-
-
-def _pre_html(label: str, text: str) -> str:
-    """Lines that scroll sideways, also from the keyboard."""
-    code = f"<code>{escape(text)}</code>"
-    return f'<pre tabindex="0" role="group" aria-label="{escape(label)}">{code}</pre>'
-
-
 def _snippet_html(outcome: Outcome) -> str:
-    """The button stays hidden until panel.js is there to serve it. JupyterLab would take a bare
-    ``hidden`` away while it does not trust the notebook."""
     works = verdict(outcome).state == "good"
     label = "for a machine with FlashAttention" if works else "which goes wrong in the same way"
-    return (
-        f'<div class="dg-snippet"><div class="dg-bar"><span>The same as a script, {label}</span>'
-        '<button type="button" class="dg-copy" hidden="hidden">Copy</button>'
-        '<span class="dg-copied" role="status"></span></div>'
-        f"{_pre_html('Code to paste', outcome.snippet)}</div>"
-    )
+    return snippet_html(f"The same as a script, {label}", "Code to paste", outcome.snippet)
 
 
 def _distinct(dtypes: Iterable[object]) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import BrowserContext, Error, Locator, Page, Playwright, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,9 +59,11 @@ RUN_LAST_CODE_CELL = (
 
 @contextlib.contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
-    """A JupyterLab on a copy of the notebooks in an empty folder; yields its address with {path}
-    to be filled in."""
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    """A JupyterLab on a copy of the notebooks, and of what they link to, in an empty folder; yields
+    its address with {path} to be filled in."""
+    for name in ("notebooks", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(ROOT / "CAUSES.md", folder)
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "lab.py", folder / "tools")
     flags = ("--no-browser", "--ServerApp.port=0", "--LabApp.expose_app_in_browser=True")
@@ -94,6 +97,22 @@ def _running(runtime: Path, process: "subprocess.Popen[bytes]", log: Path) -> di
             break
         time.sleep(0.1)
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()}")
+
+
+@contextlib.contextmanager
+def both(folder: Path) -> Iterator[tuple[Page, str]]:
+    """Chromium and JupyterLab for a test: the page and the server's address. Without a browser the
+    test is skipped, and in CI it fails."""
+    try:
+        with (
+            chromium(folder / "browser") as context,
+            jupyterlab(folder / "clone") as address,
+        ):
+            yield context.pages[0], address
+    except LookupError as missing:
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
 
 
 @contextlib.contextmanager

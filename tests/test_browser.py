@@ -1,6 +1,5 @@
 """The explore panel as a person meets it: in JupyterLab, in a browser, from the keyboard."""
 
-import os
 import re
 
 import browser
@@ -47,17 +46,8 @@ BEYOND_THE_EDGE = """(panel) => [...panel.querySelectorAll(":not(pre *, .dg-pict
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """One JupyterLab and one browser for all tests here: the page and the server's address."""
-    folder = tmp_path_factory.mktemp("lab")
-    try:
-        with (
-            browser.chromium(folder / "browser") as context,
-            browser.jupyterlab(folder / "clone") as address,
-        ):
-            yield context.pages[0], address
-    except LookupError as missing:
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail(str(missing))
-        pytest.skip(str(missing))
+    with browser.both(tmp_path_factory.mktemp("lab")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

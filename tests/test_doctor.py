@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,9 @@ LABELS = set(catalogue.labels())
 
 
 @pytest.fixture(autouse=True)
-def english():
+def english(monkeypatch):
+    monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
+    monkeypatch.delenv("LANGUAGE", raising=False)
     words.choose("en")
 
 
@@ -165,6 +168,15 @@ def test_the_command(arguments, status, out, capsys):
     assert main(arguments) == status
     printed = capsys.readouterr()
     assert out in printed.out + printed.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
+def test_a_reader_that_has_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "helpers.doctor.command", "explain", "head-dim"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.close()  # before anything can have been written
+        assert process.stderr.read() == b""
 
 
 def test_a_file_is_read_and_the_status_says_whether_something_failed(tmp_path, capsys):

@@ -20,6 +20,10 @@ RAISED = {
         # torch's words for getattr(torch, "bf16")
         ("AttributeError", "module 'torch' has no attribute 'bf16'")
     ],
+    "07_ask_the_doctor": [
+        DTYPE_ERROR,
+        ("RuntimeError", "mat1 and mat2 must have the same dtype, but got Float and BFloat16"),
+    ],
 }
 
 
@@ -39,8 +43,8 @@ def name(path):
     return path.stem
 
 
-def test_all_seven_notebooks_are_here():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05", "06"]
+def test_all_eight_notebooks_are_here():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(8)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -96,19 +100,22 @@ def test_reports_of_two_machines_are_the_same_to_the_comparison():
         "[OK] Python: 3.11.7\n[OK] torch: 2.13.0\n[OK] matplotlib: 3.11.2\n"
         "python 3.11.7, torch 2.13.0, transformers 5.22.2, kernels 0.17.2\n"
         '  File "transformers/x.py", line 864, in f\ndistance 0.091\n'
-        "transformers/x.py:864: out = f(q), Cell In[14]:8: x, dg-river-0123456789ab-title"
+        "transformers/x.py:864: out = f(q), Cell In[14]:8: x, dg-river-0123456789ab-title\n"
+        'File ".venv/lib/python3.11/site-packages/transformers/y.py", line 88, in g'
     )
     there = (
         "[OK] Python: 3.13.1\n[OK] torch: 2.13.1\n[OK] matplotlib: 3.10.9\n"
         "python 3.13.1, torch 2.13.0, transformers 5.22.2, kernels 0.17.9\n"
         '  File "transformers/x.py", line 857, in f\ndistance 0.1\n'
-        "transformers/x.py:857: out = f(q), Cell In[1]:8: x, dg-river-ba9876543210-title"
+        "transformers/x.py:857: out = f(q), Cell In[1]:8: x, dg-river-ba9876543210-title\n"
+        'File "C:\\v\\Lib\\site-packages\\transformers\\y.py", line 90, in g'
     )
     assert compared(here) == compared(there)
     assert compared(here) != compared(there.replace("[OK] torch", "[FAIL] torch"))
     assert compared(here) != compared(there.replace("transformers 5.22.2", "transformers 6.0.0"))
     assert compared(here) != compared(there.replace("x.py:857", "y.py:857"))
     assert compared(here) != compared(there.replace("out = f(q)", "out = f(k)"))
+    assert compared(here) != compared(there.replace("transformers\\y.py", "transformers\\z.py"))
 
 
 # What the pictures of notebook 06 have to say, in its order: where a model fails, with which
@@ -173,6 +180,62 @@ def test_the_models_of_notebook_06_are_named_right():
     assert all(re.search(r"\(Cell In\[\d+\]:\d+: x = self", river) for river in own)
 
 
+# What the doctor has to make of the cases of notebook 07 and of what follows them, in its order:
+# whether anything failed, and the cause that the text was made with.
+DOCTORED = [
+    ("✖", "weights-fp32"),
+    ("✖", "flash-attn-abi-mismatch"),
+    ("✔", "warning-benign"),
+    ("✖", "missing-autocast"),
+    ("✖", "kbit-prep"),
+    ("?", "The text does not decide"),
+    ("✖", "weights-fp32"),  # %why, after .float()
+    ("✖", "(inputs-fp32|matmul-dtype-mismatch)"),  # %why: float32 inputs_embeds meet a projection
+    ("-", "Nothing is wrong"),  # a bfloat16 model, before it fails
+    ("✖", "weights-fp32"),  # and the float32 one
+]
+
+
+def said(cell):
+    return "".join(
+        output.get("text") or output.get("data", {}).get("text/plain", "")
+        for output in cell.outputs
+        if output.get("name") != "stderr"
+    )
+
+
+def test_the_doctor_of_notebook_07_is_right_about_every_case():
+    cells = code_cells(ROOT / "notebooks" / "07_ask_the_doctor.ipynb")
+    asked = [cell for cell in cells if "diagnose(" in cell.source or "%why" in cell.source]
+    heads = re.findall(r"^([✖✔?-]) (\S.*)$", "\n".join(map(said, asked)), re.M)
+    assert len(heads) == len(DOCTORED)
+    for (mark, words), (right, cause) in zip(heads, DOCTORED, strict=True):
+        assert (mark, re.match(cause, words) is not None) == (right, True), words
+    undecided = next(said(cell) for cell in asked if said(cell).startswith("?"))
+    assert "? missing-autocast" in undecided
+    assert "Fix:" not in undecided
+
+
+def test_each_case_of_notebook_07_is_asked_before_the_doctor_is():
+    cells = read(ROOT / "notebooks" / "07_ask_the_doctor.ipynb").cells
+    first = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Six cases"))
+    last = next(i for i, cell in enumerate(cells) if "## In the session that failed" in cell.source)
+    text = "\n".join(cell.source for cell in cells)
+    titles = re.findall(r"^### (\d)\. .*\((.+)\)$", text, re.M)
+    assert [number for number, _ in titles] == list("123456")
+    assert all("run" in how or "written" in how for _, how in titles)
+    order = "".join(
+        "Q" if cell.source.startswith("<details><summary>Question") else "D"
+        for cell in cells[first:last]
+        if cell.source.startswith("<details><summary>Question") or "(diagnose(" in cell.source
+    )
+    assert order == "QD" * 6
+    for cell in cells[first:last]:
+        if cell.source.startswith("<details><summary>Question"):
+            wrong = re.findall(r"^- (?:Not )?\*[\w-]+\*.{20}", cell.source, re.M)
+            assert len(wrong) >= 2 or "cannot be told" in cell.source
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_no_widget_state_and_no_folder_of_a_machine_is_stored(path):
     assert "widgets" not in read(path).metadata, "saved by JupyterLab: make notebooks"
@@ -209,7 +272,7 @@ def test_code_cells_are_short(path):
 @pytest.mark.parametrize("path", LESSONS, ids=name)
 def test_a_lesson_ends_with_the_panel_and_three_things_to_remember(path):
     *_, panel, solution, last = read(path).cells
-    assert "explore(" in panel.source
+    assert "explore(" in panel.source or "doctor_panel(" in panel.source
     assert solution.source.startswith("<details><summary>Solution")
     assert last.source.startswith("## What to remember")
     assert len(re.findall(r"^\d\. ", last.source, re.M)) == 3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import view
+from helpers import style, view
 from helpers.backend import Versions
 from helpers.errors import CheckpointError, PlanError
 from helpers.experiment import Outcome
@@ -284,9 +284,9 @@ def test_no_text_becomes_markup(outcome, data):
     shown = wild.text if wild.ok else wild.error
     assert normal(shown) in normal(Reader(view.outcome_html(wild)).text)
     assert normal(wild.plan.checkpoint) in normal(Reader(view.history_html([wild])).text)
-    for render in (view.problem_html, view.status_html):
+    for render in (view.problem_html, style.status_html):
         assert Reader(render(drawn[0])).markup == Reader(render("x")).markup
-    assert Reader(view.status_html("x", drawn[0])).markup == Reader(view.status_html("x")).markup
+    assert Reader(style.status_html("x", drawn[0])).markup == Reader(style.status_html("x")).markup
     table = view.Table(drawn[0], [drawn[0], "b"], [[drawn[0], drawn[0]]])
     assert Reader(table.html()).markup == Reader(view.Table("a", "bc", ["de"]).html()).markup
 

@@ -10,6 +10,11 @@
     target.setAttribute("data-lm-suppress-shortcuts", "true");
     // The text of a live region is spoken when it changes; one that is new on the page is not.
     own.querySelector(".dg-status")?.setAttribute("role", "status");
+    const hint = own.querySelector(".dg-hint");
+    if (hint && target.matches("textarea")) {
+      hint.id ||= `dg-hint-${target.id}`;
+      target.setAttribute("aria-describedby", hint.id);
+    }
     if (target.matches(".dg-run:not([aria-disabled])")) {
       const follow = () => target.setAttribute("aria-disabled", target.classList.contains("dg-busy"));
       new MutationObserver(follow).observe(target, { attributeFilter: ["class"] });
@@ -17,23 +22,57 @@
     }
   });
 
+  // Adler-32 of a text in UTF-16, as digest() of style.py.
+  const digest = (text) => {
+    let low = 1, high = 0;
+    for (let i = 0; i < text.length; i++) {
+      const unit = text.charCodeAt(i);
+      for (const byte of [unit & 255, unit >> 8]) {
+        low = (low + byte) % 65521;
+        high = (high + low) % 65521;
+      }
+    }
+    return String(high * 65536 + low);
+  };
+
   // Whether the kernel knows every setting that the page shows; see ExplorePanel._know.
   const known = (panel) => {
-    const shown = [...panel.querySelectorAll(".dg-form select")].map((select) => select.value);
+    const controls = [...panel.querySelectorAll(".dg-form :is(select, textarea)")];
+    const shown = controls.map((one) => one.matches("select") ? one.value : digest(one.value));
     return panel.querySelector(".dg-known").textContent.trim() === shown.join(" | ");
   };
+  const words = (panel) => ({
+    waiting: "Waiting for the kernel ...",
+    gone: "The kernel was restarted: run this notebook again from the top.",
+    copied: "Copied.",
+    refused: "The browser refused: select the lines and copy them.",
+    ...panel?.querySelector(".dg-known span")?.dataset,
+  });
+  const status = (panel) => panel.querySelector(".dg-status .widget-html-content");
+
+  // A message to the kernel has a largest size, beyond which the connection breaks, and no halves
+  // of a character may be in it. What went wrong stands at the end of a log.
+  document.addEventListener("input", ({ target }) => {
+    const panel = target.closest?.(".dg-panel");
+    if (!panel || !target.matches("textarea")) return;
+    const { most, cut } = words(panel);
+    const is_long = target.value.length > most;
+    const end = is_long ? target.value.slice(-most) : target.value;
+    const whole = end.toWellFormed?.() ?? end;
+    if (whole !== target.value) target.value = whole;
+    if (is_long) status(panel).textContent = cut;
+  }, true);
 
   // A busy kernel hears of a press late and a restarted one never, so the page answers first.
   document.addEventListener("click", (event) => {
     const run = event.target.closest?.(".dg-run");
     if (!run) return;
     const panel = run.closest(".dg-panel");
-    const status = panel.querySelector(".dg-status .widget-html-content");
     const gone = run.matches(".jupyter-widgets-disconnected");
     if (gone || run.matches(".dg-busy")) event.stopImmediatePropagation();
-    if (gone) status.textContent = "The kernel was restarted: run this notebook again from the top.";
+    if (gone) status(panel).textContent = words(panel).gone;
     else if (!run.matches(".dg-busy")) {
-      status.textContent = "Waiting for the kernel ...";
+      status(panel).textContent = words(panel).waiting;
       run.classList.add("dg-busy"); // the kernel takes it away when the run is done
       if (known(panel)) return;
       event.stopImmediatePropagation();
@@ -65,9 +104,10 @@
     const button = event.target.closest?.(".dg-copy");
     if (!button) return;
     const box = button.closest(".dg-snippet");
+    const { copied, refused } = words(button.closest(".dg-panel"));
     const say = (words) => { box.querySelector(".dg-copied").textContent = words; };
     copy(box.querySelector("code").textContent)
-      .then(() => say("Copied."), () => say("The browser refused: select the lines and copy them."))
+      .then(() => say(copied), () => say(refused))
       .finally(() => button.focus());
   });
 })();

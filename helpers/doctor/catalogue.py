@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from helpers.doctor.data import load
-from helpers.doctor.words import say
+from helpers.doctor.words import noted, say
 
 
 def labels() -> "list[str]":
@@ -32,7 +32,7 @@ def page(label: str) -> str:
 
 
 def _lines(cause: "dict[str, Any]") -> Iterator[str]:
-    yield f"# {cause['label']}: {say(cause['title'])}"
+    yield "# " + say("{label}: {title}").format(label=cause["label"], title=say(cause["title"]))
     yield ""
     for heading, lines in _sections(cause):
         if lines:
@@ -43,25 +43,31 @@ def _lines(cause: "dict[str, Any]") -> Iterator[str]:
 
 def _sections(cause: "dict[str, Any]") -> "Iterator[tuple[str, list[str]]]":
     """Headings, and what stands below them: nothing where the cause has nothing to say."""
-    for name, heading in (("what", "What it is"), ("why", "Why it happens")):
+    for name, heading in (("what", noted("What it is")), ("why", noted("Why it happens"))):
         yield heading, [say(cause[name])] if cause.get(name) else []
-    yield "How to recognise it", [f"- {say(one)}" for one in cause.get("recognise", ())]
-    yield "An example that fails", _example(cause.get("failing") or {})
-    yield "The same, mended", _example(cause.get("fixed") or {})
+    yield noted("How to recognise it"), [f"- {say(one)}" for one in cause.get("recognise", ())]
+    yield noted("An example that fails"), _example(cause.get("failing") or {})
+    yield noted("The same, mended"), _example(cause.get("fixed") or {})
     yield (
-        "Fixes, and how safe they are",
+        noted("Fixes, and how safe they are"),
         [
-            f"- `{one['fix']}` ({say(one['level'])}): {say(one['note'])}"
+            "- "
+            + say("`{fix}` ({level}): {note}").format(
+                fix=one["fix"], level=say(one["level"]), note=say(one["note"])
+            )
             for one in cause.get("safety", ())
         ],
     )
-    yield "Versions", [f"- {say(one)}" for one in cause.get("versions", ())]
+    yield noted("Versions"), [f"- {say(one)}" for one in cause.get("versions", ())]
     yield (
-        "Easily mistaken for",
-        [f"- `{one['label']}`: {say(one['tell_apart'])}" for one in cause.get("near_misses", ())],
+        noted("Easily mistaken for"),
+        [
+            "- " + say("`{label}`: {how}").format(label=one["label"], how=say(one["tell_apart"]))
+            for one in cause.get("near_misses", ())
+        ],
     )
     yield (
-        "Sources",
+        noted("Sources"),
         [
             f"- {say(one['what'])}" + (f" <{one['url']}>" if one["url"] else "")
             for one in cause.get("sources", ())
@@ -74,7 +80,8 @@ def _example(example: "dict[str, Any]") -> "list[str]":
         return []
     lines = ["```python", *example["code"], "```"]
     if example.get("raises"):
-        lines.append(f"{say('It raises')}: `{example['raises']}`")
+        lines.append(say("It raises: `{error}`").format(error=example["raises"]))
     if example.get("why_not_run"):
-        lines.append(f"{say('Not run')}: {say(example['why_not_run'])}")
+        why = say(example["why_not_run"])
+        lines += ["", say("Not run: {why}").format(why=why)]
     return lines

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from helpers.doctor.diagnosis import Diagnosis
+from helpers.doctor.diagnosis import Diagnosis, Fix
 from helpers.doctor.words import say
 
 
@@ -34,8 +34,7 @@ def lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield from (f"    {line}" for line in diagnosis.next_check.split("\n"))
     for number, fix in enumerate(diagnosis.fixes, 1):
         yield ""
-        kind = say("Fix") if number == 1 else say("Or")
-        yield f"{kind}: {fix.title} [{fix.label}] ({say(fix.safety)}; {fix.versions})"
+        yield heading(number, fix)
         yield from (f"    {line}" for line in fix.code.split("\n") if line)
     if diagnosis.cause:
         yield ""
@@ -49,3 +48,9 @@ def headline(diagnosis: Diagnosis) -> str:
         return f"{mark} {diagnosis.summary}"
     mark = "✖" if diagnosis.is_failure else "✔"
     return f"{mark} {diagnosis.cause}: {diagnosis.summary}"
+
+
+def heading(number: int, fix: Fix) -> str:
+    """What stands above the lines of a fix, which are numbered from 1."""
+    kind = say("Fix") if number == 1 else say("Or")
+    return f"{kind}: {fix.title} [{fix.label}] ({say(fix.safety)}; {fix.versions})"

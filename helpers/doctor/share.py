@@ -8,6 +8,7 @@ from typing import Union
 
 from helpers.doctor.diagnosis import Diagnosis
 from helpers.doctor.plain import page
+from helpers.doctor.words import say
 
 MOST = 200  # lines of the pasted text that are kept, from its end
 
@@ -65,7 +66,7 @@ def block(diagnosis: Diagnosis, content: "Union[str, bytes]") -> str:
         fence,
         f"({system})",
         "",
-        "### text",
+        f"### {say('What was pasted')}",
         fence + "text",
         *kept,
         fence,

@@ -11,11 +11,9 @@ from typing import Any, Optional
 from helpers.doctor.data import raw
 
 LANGUAGES = ("en", "zh-CN")
-# What a person or a locale may call one of them: zh, zh_CN.UTF-8, zh-Hant-TW, en-US, and Windows'
-# "Chinese (Simplified)_China".
-_NAME = re.compile(
-    r"(?i)(zh|en)([-_]han[st])?([-_][a-z]{2})?([.@].*)?|(chinese|english)(?![a-z]).*"
-)
+# What a person or a locale may call one of them, in lower case: zh, zh_cn.utf-8, zh-hant-tw, en-us,
+# and Windows' "chinese (simplified)_china".
+_NAME = re.compile(r"(zh|en)([-_]han[st])?([-_][a-z]{2})?([.@].*)?|(chinese|english)([-_ ].*)?")
 _chosen = "en"
 _spoken: "ContextVar[Optional[str]]" = ContextVar("_spoken", default=None)
 
@@ -86,9 +84,10 @@ def _known(language: "Optional[str]") -> str:
 
 
 def _language(name: str) -> "Optional[str]":
+    name = name.lower()
     if _NAME.fullmatch(name) is None:
         return None
-    return "en" if name[:2].lower() == "en" else "zh-CN"
+    return "en" if name.startswith("en") else "zh-CN"
 
 
 def _of_windows() -> str:
