@@ -19,7 +19,7 @@ FIND_PYTHON = command -v "$(PYTHON)" >/dev/null || { \
 	"for example: make $@ PYTHON=/opt/python/bin/python3" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-v4 lab test lint bench notebooks matrix atlas lock clean
+.PHONY: help setup setup-v4 lab test lint bench notebooks matrix atlas causes messages pyz lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -55,10 +55,20 @@ matrix: setup setup-v4 ## Run the table of loads on Transformers 5 and 4 and sto
 atlas: setup ## X-ray every architecture that supports FlashAttention-2 and store what came out
 	$(RUN) tools/atlas.py
 
+causes: setup ## Write the pages of the causes from the doctor's catalogue
+	$(VENV_PYTHON) tools/causes.py
+
+messages: setup ## Extract the doctor's sentences, and compile their translations
+	$(VENV_PYTHON) tools/messages.py
+
+pyz: ## Write dtype-doctor.pyz, the doctor in one file for any Python from 3.9 on
+	@$(FIND_PYTHON)
+	"$(PYTHON)" tools/pyz.py
+
 lock: ## Write constraints.txt and constraints-v4.txt anew
 	@$(FIND_PYTHON)
 	"$(PYTHON)" tools/lock.py
 
 clean: ## Remove .venv, .venv-v4 and everything else that these commands made in this folder
-	rm -rf .venv .venv-v4 .jupyter .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-v4 .jupyter .mypy_cache .pytest_cache .ruff_cache .hypothesis dtype-doctor.pyz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

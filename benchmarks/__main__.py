@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks import processes
+from benchmarks import logs, processes
 from benchmarks.table import Row, interleave, render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +170,75 @@ def import_helpers(quick: bool) -> Iterator[Row]:
     yield Row("import helpers", "ms", [guide - bare for guide, bare in pairs], bound=30)
 
 
+def doctor(quick: bool) -> Iterator[Row]:
+    """The command ``dtype-doctor`` on a traceback in a pipe; a Python that does nothing."""
+    script = Path(sys.executable).with_name("dtype-doctor" + (".exe" if os.name == "nt" else ""))
+    # Not those that keep compiled files from being written, which the first round does.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    options = {"input": logs.TRACEBACK.encode(), "capture_output": True, "env": plain}
+    status = subprocess.run([script], **options).returncode
+    if status != 1:
+        raise RuntimeError(f"{script.name} finds no failure in a traceback: exit status {status}")
+    commands = ([script], [sys.executable, "-c", "pass"])
+    sides = (timed(partial(subprocess.run, command, **options)) for command in commands)
+    yield Row("dtype-doctor < traceback", "ms", *interleave(*sides, 20 if quick else 60), 4)
+
+
+def long_log(quick: bool) -> Iterator[Row]:
+    """``dtype-doctor`` on a log of 10 MB, whose lines repeat or differ; on a quarter of it. Memory
+    is what it takes more than for one line."""
+    size, rounds = 10_000_000, 3 if quick else 7
+    with tempfile.TemporaryDirectory() as folder:
+        log, quarter, line = (Path(folder) / name for name in ("log", "quarter", "line"))
+        line.write_text(logs.TRACEBACK.splitlines()[-1])
+        floor = processes.doctor(line).peak
+        for name, write in (("that repeats", logs.repeating), ("that differs", logs.differing)):
+            log.write_bytes(write(size))
+            quarter.write_bytes(write(size // 4))
+            sides = interleave(*(partial(processes.doctor, x) for x in (log, quarter)), rounds)
+            seconds = [[m.seconds for m in side] for side in sides]
+            yield Row(f"doctor, 10 MB log {name}", "s", seconds[0], bound=2)
+            yield Row("  over a quarter of it", "s", *seconds, 5)
+            memory = [m.peak - floor for m in sides[0]]
+            yield Row("  its memory over its size", "MB", memory, [size / 2**20] * rounds, 4)
+
+
+def why(quick: bool) -> Iterator[Row]:
+    """``why()`` after an exception in a model of 28 layers, all float32 or only the last."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    import helpers
+    from helpers import backend
+
+    config = Qwen2Config(
+        num_hidden_layers=28, hidden_size=64, intermediate_size=128, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=1000,
+    )  # fmt: skip
+    backend.activate()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="flash_attention_2"
+        ).eval()
+        last = model.model.layers[-1].float()
+        last.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        error = raised(partial(model, input_ids=torch.ones(2, 64, dtype=torch.long)))
+        if not helpers.why(error).candidates:
+            raise RuntimeError(f"why() knows nothing of {error!r}")
+        ask = timed(partial(helpers.why, error))
+        name = f"why(), {str(dtype).removeprefix('torch.')} weights"
+        yield Row(name, "ms", [ask() for _ in range(10 if quick else 40)], bound=50)
+
+
+def raised(function: Callable[[], object]) -> Exception:
+    """What a function raises. RuntimeError: nothing."""
+    try:
+        function()
+    except Exception as error:
+        return error
+    raise RuntimeError("what was to fail did not")
+
+
 ROWS = {
     "notebook": notebook,
     "lora": lora,
@@ -180,6 +250,9 @@ ROWS = {
     "click": click,
     "kernel": kernel,
     "import": import_helpers,
+    "doctor": doctor,
+    "long-log": long_log,
+    "why": why,
 }
 
 

@@ -1,4 +1,4 @@
-"""Notebook 01 and its floor, each in a process of its own."""
+"""Notebooks, their floor, X-rays and the doctor, each in a process of its own."""
 
 import json
 import subprocess
@@ -68,6 +68,24 @@ def full_size(side: str) -> Measured:
     command = [sys.executable, "-m", "benchmarks.full_size", side]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parent)
     return Measured(*map(float, done.stdout.split()))
+
+
+def doctor(file: Path) -> Measured:
+    """``dtype-doctor FILE`` without a terminal, from the start of Python to its end.
+
+    RuntimeError: it finds no failure.
+    """
+    code = (
+        "import sys; from helpers.doctor.command import main; status = main(sys.argv[1:]);"
+        " from benchmarks import peak; print(peak.peak(), file=sys.stderr); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    seconds = time.perf_counter() - started
+    if done.returncode != 1:
+        raise RuntimeError(f"it says nothing failed: {done.stdout}{done.stderr}")
+    return Measured(seconds, float(done.stderr))
 
 
 def _execute(client, code: str, **more) -> dict:

@@ -62,8 +62,9 @@ def activate() -> Backend:
     Raises:
         RuntimeError: Transformers would use a ``flash_attn`` that refuses this GPU; or the process
             tried to load FlashAttention before and failed, which Transformers does not recover
-            from; or the override cannot name the kernel's folder; or, under Transformers 4, the
-            libraries were imported before with other settings.
+            from; or the override cannot name the kernel's folder, or this package was installed
+            without its dependencies; or, under Transformers 4, the libraries were imported before
+            with other settings.
     """
     if is_old():
         return _activate_old()
@@ -72,6 +73,7 @@ def activate() -> Backend:
         _refuse_old_gpu()
     _refuse_after_failed_load()
     if backend.name == "reference":
+        _refuse_without_reference()
         os.environ["LOCAL_KERNELS"] = override(
             kernel_repository(),
             kernel_path(str(KERNEL_FOLDER), str(Path.cwd())),
@@ -87,13 +89,16 @@ def _activate_old() -> Backend:
     download that is complete.
     """
     wanted = {"KERNELS_CACHE": str(HUB_CACHE), "HF_HUB_OFFLINE": "1"}
-    if "huggingface_hub" not in sys.modules and not (_has_gpu() and _has_package()):
-        os.environ.pop("HF_KERNELS_CACHE", None)  # the old name, which would come first
-        os.environ.update(wanted)
+    if not (_has_gpu() and _has_package()):
+        _refuse_without_reference()
+        if "huggingface_hub" not in sys.modules:
+            os.environ.pop("HF_KERNELS_CACHE", None)  # the old name, which would come first
+            os.environ.update(wanted)
     backend = detect()
     if backend.name == "flash_attn":
         _refuse_old_gpu()
         return backend
+    _refuse_without_reference()
 
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from kernels.utils import CACHE_DIR
@@ -222,15 +227,23 @@ def _is_overridden() -> bool:
 
 
 def _hub_has_kernel() -> bool:
-    import kernels
-
     utils, repository = _flash_utils(), kernel_repository()
     try:
+        import kernels
+
         return bool(
             kernels.has_kernel(repository, version=utils.FLASH_ATTN_KERNEL_VERSIONS[repository])
         )
-    except Exception:  # no network shows as many types, from httpx to huggingface_hub
+    except Exception:  # no `kernels`; no network shows as many types, from httpx to huggingface_hub
         return False
+
+
+def _refuse_without_reference() -> None:
+    if importlib.util.find_spec("kernels") is None or not KERNEL_FOLDER.is_dir():
+        raise RuntimeError(
+            "No FlashAttention runs on this machine, and the reference kernel needs the guide's"
+            " folder and the `kernels` library: clone the guide and install its dependencies."
+        )
 
 
 def _refuse_after_failed_load() -> None:

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import platformdirs
-
 from helpers import state
 from helpers.errors import CheckpointError
 
@@ -142,6 +140,8 @@ def cache() -> Path:
     named = os.environ.get(CACHE)
     if named:
         return Path(named).expanduser().absolute()
+    import platformdirs
+
     return platformdirs.user_cache_path("flashattention-dtype-guide")
 
 

@@ -90,7 +90,9 @@ def xray(
         )
     how = How(inputs, plan.autocast, "dynamic" if decode and cache is None else cache, decode)
     with state.as_before(), state.listening() as (heard, _warned):
-        here = backend.activate() if attention == "flash_attention_2" else backend.detect()
+        # A live model found its kernel when it was made, or says by itself what it lacks.
+        switch_on = attention == "flash_attention_2" and not is_live
+        here = backend.activate() if switch_on else backend.detect()
         if is_live:
             found = _of_live(what, how, weightless=size == "full")
         else:

@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from helpers.files import declared_dtype, dtype_name, file_dtypes, first_sentenc
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-QWEN = Path(__file__).parent / "data" / "qwen.json"
+QWEN = files("helpers").joinpath("data/qwen.json")
 
 
 EXPECTED = (

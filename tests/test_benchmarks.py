@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import __main__ as bench
+from benchmarks import logs
 from benchmarks.table import Row, interleave, render, spread
 
 TIMES = st.lists(st.floats(0.1, 1e6), min_size=2, max_size=9)
@@ -74,3 +75,22 @@ def test_the_exit_code_tells_whether_a_bound_is_exceeded(monkeypatch, capsys, gu
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # main() sets it; undone afterwards
     assert bench.main() == code
     assert "first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [logs.repeating, logs.differing])
+@pytest.mark.parametrize("size", [5_000, 40_000])
+def test_a_log_is_the_same_each_time_and_as_long_as_asked(write, size):
+    log = write(size)
+    assert len(log) == size
+    assert log == write(size)
+    assert log.endswith(f"\n{logs.TRACEBACK}".encode())
+
+
+def test_one_log_repeats_but_for_its_numbers_and_in_the_other_each_line_is_new():
+    def lines(log):
+        whole = log.decode().removesuffix(logs.TRACEBACK).split("\n")[:-2]
+        return ["".join("0" if sign.isdigit() else sign for sign in line) for line in whole]
+
+    repeating, differing = lines(logs.repeating(40_000)), lines(logs.differing(40_000))
+    assert len(set(repeating)) < len(repeating) / 20
+    assert len(set(differing)) == len(differing) > 300
