@@ -1,12 +1,14 @@
 """The live doctor: exceptions that real models raised, and models before they fail."""
 
+import contextlib
+import io
 import sys
 
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 from kernels import get_kernel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 from helpers import checkpoints, diagnose, why
@@ -278,3 +280,45 @@ def test_the_magic_explains_the_last_exception(monkeypatch):
     assert shell.run_line_magic("why", "").cause == "mixed-qkv-dtype"
     assert shell.run_line_magic("why", "zh-CN").language == "zh-CN"
     InteractiveShell.clear_instance()
+
+
+def checked(model):
+    """What the lines print that the doctor asks for, run as they stand."""
+    asked = diagnose("RuntimeError: FlashAttention only support fp16 and bf16 data type")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(asked.next_check, {"model": model})
+    return printed.getvalue()
+
+
+def norms_in_float32(model):
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def with_lora(model):
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "told", "label"),
+    [
+        (torch.float32, lambda model: model, "", "weights-fp32"),
+        (torch.float32, lambda model: model.train(), "", "missing-autocast"),
+        (torch.float32, with_lora, "I fine-tune it.", "missing-autocast"),
+        (torch.bfloat16, lambda model: model, "", "upcast-module"),
+        (torch.bfloat16, lambda model: model, "load_in_4bit=True", "quantization-compute-dtype"),
+        (torch.bfloat16, lambda model: model, "model(inputs_embeds=x)", "inputs-fp32"),
+        (torch.bfloat16, with_lora, "", "adapter-fp32"),
+        (torch.bfloat16, norms_in_float32, "", "kbit-prep"),
+        (torch.bfloat16, lambda m: with_lora(norms_in_float32(m)), "I train it.", "kbit-prep"),
+    ],
+)
+@pytest.mark.parametrize("alone", [False, True], ids=["below-the-error", "alone"])
+def test_the_doctor_reads_what_its_own_check_prints(failing, dtype, change, told, label, alone):
+    printed = checked(change(failing(dtype)))
+    error = "" if alone else "RuntimeError: FlashAttention only support fp16 and bf16 data type\n"
+    found = diagnose(f"{told}\n{error}{printed}")
+    assert (found.cause, found.certain) == (label, True)
+    assert printed.strip() in [one.text for one in found.evidence]

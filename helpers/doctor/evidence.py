@@ -87,6 +87,10 @@ class Evidence(NamedTuple):
         """Whether one of the signs carries this mark."""
         return any(sign.entry.get(mark) for sign in self.signs.values())
 
+    def is_on(self) -> bool:
+        """Whether mixed precision is switched on, as far as the text tells."""
+        return self.has("on") and not self.has("unsure") and not self.has("removed")
+
     def stage(self, name: str) -> bool:
         """Whether something says that this was training ("train"), inference or evaluation."""
         if name == "train" and self.has("untrained"):
@@ -117,7 +121,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
     for piece in _pieces(text):
         flat = _flat(piece)
         compact = _compact(flat)
-        flat = re.sub(r"\btorch\.(?=b?float|half\b|double)", "", flat)
+        flat = TORCH.sub("", flat) if "torch." in flat else flat
         edge = at < EDGE or at > len(text) - EDGE
         for entry in load("signs.json")["signs"]:
             known = signs.get(entry["id"])
@@ -126,7 +130,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
             _look(entry, piece, compact if entry["in"] == "compact" else flat, at, signs)
         if edge and left > 0:
             more, count = statements.read(flat, left)
-            sentences += more
+            sentences += _as_written(more, TORCH.sub("", re.sub(r"[ \t]+", " ", piece)))
             left -= count
         if edge and len(calls) < MOST_CALLS:
             for call in itertools.islice(_calls(flat), MOST_CALLS):
@@ -208,6 +212,7 @@ def _compact(flat: str) -> str:
     return re.sub(r"[\W_]+", "", flat)
 
 
+TORCH = re.compile(r"\btorch\.(?=b?float|half\b|double)", re.I)
 NO_LETTERS = {code: None for code in range(128) if not chr(code).isalnum()}
 ADVICE = re.compile(
     r"you should run training or inference using automatic mixed-precision.{0,300}?"
@@ -339,14 +344,25 @@ def _pattern(source: str) -> "re.Pattern[str]":
     return re.compile(source, re.M)
 
 
+def _as_written(said: "list[statements.Says]", piece: str) -> "Iterator[statements.Says]":
+    """Sentences with the capitals that they have in the text."""
+    low = piece.lower()
+    for one in said:
+        start = low.find(one.text.strip()) if len(low) == len(piece) else -1
+        written = piece[start : start + len(one.text.strip())] if start >= 0 else one.text
+        yield one._replace(text=written.strip())
+
+
 def _quote(piece: str, matched: str, compact: bool) -> str:
     """The line of a piece that shows a match; what was matched where lines were broken."""
-    head = matched[:24].strip().partition("\n")[0]
-    for line in piece.split("\n"):
-        low = re.sub(r"[ \t]+", " ", line.lower())
-        if head in (_compact(low) if compact else low):
-            line = line.strip()
-            return line if len(line) <= LONG else f"{line[: LONG - 3]}..."
+    lines = piece.split("\n")
+    for head in (matched, matched[:24]):  # all of it, or its beginning where the line was broken
+        head = head.strip().partition("\n")[0]
+        for line in lines:
+            low = re.sub(r"[ \t]+", " ", line.lower())
+            if head in (_compact(low) if compact else low):
+                line = line.strip()
+                return line if len(line) <= LONG else f"{line[: LONG - 3]}..."
     return matched[:LONG]
 
 

@@ -16,6 +16,8 @@ def remedies(cause: str, evidence: Evidence) -> "tuple[Fix, ...]":
         labels.sort(key=lambda label: label != "wrap-in-autocast")
     if "c-randn" in evidence.signs:
         labels.sort(key=lambda label: label != "cast-qkv-or-module")
+    if evidence.is_on() and not evidence.has("predicts"):
+        labels = [label for label in labels if label != "enable-mixed-precision"]
     if cause == "weights-fp32" and evidence.has("meant"):
         labels = [label for label in labels if label == "use-other-attention"] or labels
     return tuple(remedy(label, cause, evidence) for label in labels)

@@ -7,7 +7,6 @@ v like q, device, last dimension, head size (csrc/flash_attn/flash_api.cpp), so 
 proves that the package loaded and that the GPU is new enough.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
@@ -44,6 +43,9 @@ PROVEN = {  # what an error proves besides its cause: it comes from inside the p
     "flash-attn-abi-mismatch": ("flash-attn-missing",),
     "gpu-arch-not-built": ("flash-attn-missing",),
 }
+
+
+SPEAKS = {"for", "against", "on", "off", "checked"}  # what a sign that is shown has
 
 
 class Says(NamedTuple):
@@ -87,6 +89,8 @@ def judge(evidence: Evidence) -> Verdict:
         if error.entry["cause"].startswith("headline"):
             return _of_float32(evidence, error, signs)
         return _of_neighbour(evidence, error, signs)
+    if evidence.has("checked"):  # whoever was asked to run it had the error
+        return _of_float32(evidence, evidence.signs["o-check"], signs)
     if foreign:
         return Verdict(None, False, (), (), True, "foreign", tuple(foreign))
     certain = [s for s in signs if s.kind in ("fact", "log") and _best(s) >= POINTS]
@@ -132,13 +136,15 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
     """The headline error: q is not half, and the rest has to say why."""
     if evidence.has("halves") and "c-randn" not in evidence.signs:
         label = "flash-attn-abi-mismatch"  # half was given, so the binary reads dtypes wrongly
-        used = (error, evidence.signs["c-randn-half"])
-        return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", used)
+        halves = (error, evidence.signs["c-randn-half"])
+        return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", halves)
     said: list[Says] = []
     for rule in RULES:
         try:
             said += rule(evidence)
         except Exception:  # one broken rule must not hide what the others say
+            import logging  # a tenth of the command's time, for what never happens
+
             logging.getLogger(__name__).exception("the rule %s failed", rule.__name__)
     ruled_out = {one.label for one in said if one.points == 0}
     points = {label: 0 for label in FLOAT32 if label not in ruled_out}
@@ -147,20 +153,15 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
             points[one.label] += one.points
     if points.get("missing-autocast", 0) >= POINTS and points.get("weights-fp32", 0) > 0:
         # Weights for mixed precision are float32 by intention.
-        points["weights-fp32"] = max(points["weights-fp32"] - 3, 0)
+        less = points["weights-fp32"] - 3
+        if "f-trainer" in evidence.signs:
+            less = min(less, points["missing-autocast"] - LEAD)
+        points["weights-fp32"] = max(less, 0)
     order = _usual(evidence)
     ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
-    proven = BEFORE_DTYPE if error.entry["cause"] == "headline" else LOADED
+    proven = BEFORE_DTYPE if error.entry.get("cause") == "headline" else LOADED
     out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
-    used = tuple(
-        s
-        for s in signs
-        if s is error
-        or s.entry.get("for")
-        or s.entry.get("against")
-        or s.entry.get("on")
-        or s.entry.get("off")
-    )
+    used = tuple(one for one in signs if one is error or SPEAKS & one.entry.keys())
     lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
     best = points[ranked[0]] if ranked else 0
     if (best >= POINTS and lead >= LEAD) or (best >= 3 and lead >= 3):
@@ -195,6 +196,8 @@ Rule = Callable[[Evidence], Iterator[Says]]
 def _signs(evidence: Evidence) -> Iterator[Says]:
     """What the signs say by themselves."""
     for sign in evidence.signs.values():
+        if sign.id == "f-evaluate" and evidence.has("harness"):
+            continue  # nothing beside it was trained
         for label, points in sign.entry.get("for", {}).items():
             yield Says(label, points, sign.entry["means"])
         for label in sign.entry.get("against", ()):
@@ -203,17 +206,54 @@ def _signs(evidence: Evidence) -> Iterator[Says]:
             yield Says(label, 0, sign.entry["means"])
 
 
+def _checked(evidence: Evidence) -> Iterator[Says]:
+    """What the lines print that the doctor asks for (checks.json); twice what decides, because it
+    was measured."""
+    printed = CHECKED.search(evidence.signs["o-check"].text) if evidence.has("checked") else None
+    if printed is None:
+        return
+    wide, total, adapters, few = (int(number) for number in printed.groups()[:4])
+    autocast, training = (word.lower() == "true" for word in printed.groups()[4:])
+    why = evidence.signs["o-check"].entry["means"]
+    for label in ("weights-fp32", "missing-autocast", "kbit-prep", "adapter-fp32"):
+        if wide == 0 or (autocast and label == "missing-autocast"):
+            yield Says(label, 0, why)
+    if wide == 0:
+        likely = "quantization-compute-dtype" if evidence.has("quantised") else "upcast-module"
+        yield Says("inputs-fp32" if evidence.has("embeds") else likely, 2 * POINTS, why)
+    elif wide == adapters:
+        yield Says("adapter-fp32", 2 * POINTS, why)
+        yield Says("weights-fp32", 0, why)
+    elif wide == adapters + few:
+        yield Says("kbit-prep", 2 * POINTS, why)
+        yield Says("weights-fp32", 0, why)
+    elif autocast:
+        yield Says("upcast-module", 2 * POINTS, why)
+    elif wide == total and "c-kbit" in evidence.signs:
+        yield Says("kbit-prep", 2 * POINTS, why)
+    elif training or evidence.stage("train") or evidence.stage("eval"):
+        yield Says("missing-autocast", 2 * POINTS, why)
+    else:
+        yield Says("weights-fp32", 2 * POINTS, why)
+
+
+CHECKED = re.compile(
+    r"dtype-doctor: (\d+) of (\d+) weights float32, (\d+) in adapters, (\d+) in norms and"
+    r" embeddings, autocast (true|false) training (true|false)",
+    re.I,
+)
+
+
 def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     """Where mixed precision is on, only a call beside the training step lies outside autocast."""
     why = noted("Mixed precision is on, and nothing says that the call lies outside of it.")
-    if _is_on(evidence) and not evidence.stage("eval") and not evidence.has("loop"):
+    if evidence.has("removed") and evidence.stage("train"):
+        why = evidence.signs["c-removed"].entry["means"]
+        yield Says("missing-autocast", POINTS, why)
+    elif evidence.is_on() and not evidence.stage("eval") and not evidence.has("loop"):
         yield Says("missing-autocast", 0, why)
     elif evidence.has("off") and not evidence.has("on"):
         yield Says("missing-autocast", POINTS, noted("The flags for mixed precision are off."))
-
-
-def _is_on(evidence: Evidence) -> bool:
-    return evidence.has("on") and not evidence.has("unsure")
 
 
 def _in_autocast(evidence: Evidence) -> bool:
@@ -224,7 +264,8 @@ def _in_autocast(evidence: Evidence) -> bool:
 def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
     """A launch command that is there to its end, without a flag for mixed precision."""
     for call in evidence.calls:
-        if evidence.has("on") and not re.search(r"do_predict: true", call.text):
+        shown = evidence.has("on") and not evidence.has("removed")
+        if shown and not re.search(r"do_predict: true", call.text):
             continue  # the flag may stand in what is not shown
         if call.name == "yaml" or (call.name == "command" and _trains(call.text)):
             points = POINTS if call.whole else 1
@@ -346,10 +387,10 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
     for one in dict.fromkeys(evidence.sentences):
         if one.what == "float32" and one.subject in FLOAT32_OF:
             label = FLOAT32_OF[one.subject]
-            part = re.search(r"encoders?\b|towers?\b|proj\w*", one.text)
+            part = re.search(r"encoders?\b|towers?\b|proj\w*", one.text.lower())
             if one.subject == "weights" and evidence.has("embeds") and part:
                 label = "inputs-fp32"  # what comes out of it is what the model gets
-            if one.subject == "norm" and quantised and "weight" in one.text:
+            if one.subject == "norm" and quantised and "weight" in one.text.lower():
                 label = "kbit-prep"
             if label == "weights-fp32" and "c-load-float32" in evidence.signs:
                 continue  # the same fact, seen as code
@@ -402,7 +443,7 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
     if evidence.stage("train") or evidence.has("lora"):
         why = noted("Quantised training is prepared, which casts norms and embeddings to float32.")
         unsloth = "unsloth" in evidence.libraries  # prepares in a way of its own
-        likely = not unsloth and (_in_autocast(evidence) or _is_on(evidence))
+        likely = not unsloth and (_in_autocast(evidence) or evidence.is_on())
         yield Says("kbit-prep", 3 if likely else 1, why)
         if _in_autocast(evidence):
             yield Says("upcast-module", -1, why)
@@ -458,6 +499,7 @@ def _adapter(evidence: Evidence) -> Iterator[Says]:
 
 RULES: "tuple[Rule, ...]" = (
     _signs,
+    _checked,
     _mixed_precision_on,
     _launch_without_flag,
     _outside_autocast,

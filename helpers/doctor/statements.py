@@ -16,14 +16,14 @@ LONG = 500  # characters of a sentence
 SUBJECTS = {
     "kbit": r"prepare_model_for_\w+|prepare_for_kbit|k-?bit (?:training|preparation)",
     "dora": r"\bdora\b|use_dora|lora_magnitude\w*|magnitude",
-    "lora": r"\b(?:q|v|lora)?_?lora\w*(?: (?:params?|parameters?|weights?|layers?))?|disable_adapter\w*|\bpeft\w*|adapters?\b|适配器|\blora权重",
+    "lora": r"\b[\w.]{0,80}lora_\w+[\w.]*|\b(?:q|v|lora)?_?lora\w*(?: (?:params?|parameters?|weights?|layers?))?|disable_adapter\w*|\bpeft\w*|adapters?\b|适配器|\blora权重",
     "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
     "fp8": r"\S*fp8\b",
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
     "norm": r"\w*norms?\d*\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
     "rope": r"\brope\w*|rotary\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
-    "q": r"\bqk?v?\b|query(?:_states)?\b|attention inputs?",
+    "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
     "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b|image_features?|input_features|pixel_values\w*"
     r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed|soft[ _]?prompts?"
     r"|特征|\w+_feats?\b|\.npy\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
@@ -33,7 +33,7 @@ SUBJECTS = {
     "autocast": r"\bautocast\w*|\bmixed[ _-]precision\b|\bamp\b|混合精度",
     "full": r"full[- ](?:parameter )?fine-?\s?tun\w*|full[- ]param\w*|全参数?微?调?|全量微?调?",
     "weights": r"param(?:eter)?s?\b|weights?\b|checkpoints?\b|safetensors|\bmodel\b|state_dict|\bconfig\b"
-    r"|\b\w+_config\b|encoders?\b|towers?\b|backbone|权重|底座|参数|模型|检查点|q_proj|lm_head|linear layers?",
+    r"|\b\w+_config\b|encoders?\b|towers?\b|backbone|权重|底座|参数|模型|检查点|[qkvo]_proj\.weights?|lm_head|linear layers?",
 }
 REMEDIES = {
     "flag": r"--(?:bf16|fp16)\b|\b(?:bf16|fp16)['\"]? ?[=:] ?['\"]?true|mixed_precision",
@@ -52,9 +52,11 @@ _SUBJECT = re.compile("|".join(f"(?P<{name}>{source})" for name, source in SUBJE
 _REMEDY = re.compile("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
 _FLOAT = re.compile(
     r"(?<![\w-])(?:float32|fp32|float 32|单精度)(?![\w-])|\.float\(\)|\bfp32(?=[^\w-])"
+    r"|(?:是|成|为|\bto|\bis|\bare|\bas|\bin) ?(?:float|fp32)\b"
 )
 _HALF = re.compile(
     r"(?<![\w-])(?:b?float16|bf16|fp16|half precision|半精度)(?![\w-])|\.half\(\)|\.bfloat16\(\)"
+    r"|(?:是|成|为|\bto|\bis|\bare|\bas|\bin) ?half\b"
 )
 _EVERY = re.compile(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
 _WORKS = re.compile(

@@ -73,7 +73,7 @@ def _shown(verdict: rules.Verdict, evidence: Evidence) -> "list[Shown]":
             if quoted:
                 found.append(Shown(say(KINDS["prose"]), said.why.strip(), means))
             elif say(said.why) not in texts:
-                found.append(Shown(say("what is missing"), say(said.why), means))
+                found.append(Shown(say("what follows"), say(said.why), means))
     return list(dict.fromkeys(found))
 
 
