@@ -38,6 +38,8 @@ def diagnose(what: Any, inputs: Any = None, *, language: "Optional[str]" = None)
 
 
 def _of_model(model: Any, inputs: Any) -> Diagnosis:
+    import torch
+
     from helpers import xray
     from helpers.doctor import live
 
@@ -46,7 +48,9 @@ def _of_model(model: Any, inputs: Any) -> Diagnosis:
     if found.first_float32 is not None:
         evidence.append(Shown(say("first float32"), str(found.first_float32), ""))
     parameters = parameters_by_kind(model)
-    seen = Seen((), model, parameters=parameters, trains=model.training)
+    device = next(model.parameters(), torch.empty(0)).device.type
+    autocast = "on" if torch.is_autocast_enabled(device) else "off"
+    seen = Seen((), model, parameters=parameters, trains=model.training, autocast=autocast)
     evidence += live.shown(seen)
     if found.ok:
         summary = say("Nothing is wrong: FlashAttention gets half precision.")

@@ -271,9 +271,13 @@ def shown(seen: Seen) -> Iterator[Shown]:
     if first is not None:
         where = f"{first.module or first.function}: {first.name}"
         yield Shown(say("first float32"), where, say("No frame before it holds a float32 tensor."))
-    for kind, counted in sorted(seen.parameters.items()):
-        counts = ", ".join(f"{number} {dtype}" for dtype, number in sorted(counted.items()))
-        yield Shown(say("parameters"), kind, counts)
+    counts = [
+        f"{kind} {number} {dtype}"
+        for kind, counted in sorted(seen.parameters.items())
+        for dtype, number in sorted(counted.items())
+    ]
+    if counts:
+        yield Shown(say("parameters"), ", ".join(counts), "")
     if seen.model is not None:
         tells = say(AUTOCAST[seen.autocast]) if seen.autocast else say("not to be seen in frames")
         yield Shown(say("autocast"), tells, "")
