@@ -34,7 +34,14 @@ def english(monkeypatch):
     words.choose("en")
 
 
-@pytest.mark.parametrize("report", REPORTS, ids=[report["id"] for report in REPORTS])
+def known_gap(report):
+    """A mark for what the doctor gets wrong, with the reason; getting it right fails the test."""
+    return [pytest.mark.xfail(reason=report["gap"], strict=True)] if "gap" in report else []
+
+
+@pytest.mark.parametrize(
+    "report", [pytest.param(one, id=one["id"], marks=known_gap(one)) for one in REPORTS]
+)
 def test_a_report(report):
     found = diagnose_text(report["text"])
     if report["cause"] is None:

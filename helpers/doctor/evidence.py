@@ -89,7 +89,8 @@ class Evidence(NamedTuple):
 
     def is_on(self) -> bool:
         """Whether mixed precision is switched on, as far as the text tells."""
-        return self.has("on") and not self.has("unsure") and not self.has("removed")
+        cured = self.says("works with", "flag")  # it was not, before
+        return self.has("on") and not (self.has("unsure") or self.has("removed") or cured)
 
     def stage(self, name: str) -> bool:
         """Whether something says that this was training ("train"), inference or evaluation."""

@@ -367,6 +367,7 @@ CURED = {
     "load": "weights-fp32",
     "compute": "quantization-compute-dtype",
     "input": "inputs-fp32",
+    "norm": "upcast-module",
 }
 # What works where this is left out, or fails only with it, has this cause.
 BLAMED = {
@@ -398,7 +399,10 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
         elif one.what == "turned" and one.subject in ("norm", "rope", "module", "q"):
             yield Says("upcast-module", POINTS, one.text)
         elif one.what == "works with" and one.subject in CURED:
-            yield Says(CURED[one.subject], POINTS, one.text)
+            label = CURED[one.subject]
+            yield Says(
+                "kbit-prep" if label == "upcast-module" and quantised else label, POINTS, one.text
+            )
         elif one.what == "all half" and one.subject == "weights":
             yield Says("weights-fp32", -4, one.text)
         elif one.what in ("works without", "fails with") and one.subject in BLAMED:

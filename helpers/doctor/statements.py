@@ -14,7 +14,7 @@ MOST = 2000  # sentences that are read; prose is short, and logs have been read 
 LONG = 500  # characters of a sentence
 
 SUBJECTS = {
-    "kbit": r"prepare_model_for_\w+|prepare_for_kbit|k-?bit (?:training|preparation)",
+    "kbit": r"prepare_model_for_\w+|prepare_for_kbit|k-?bit (?:training|prep\w*)",
     "dora": r"\bdora\b|use_dora|lora_magnitude\w*|magnitude",
     "lora": r"\b[\w.]{0,80}lora_\w+[\w.]*|\b(?:q|v|lora)?_?lora\w*(?: (?:params?|parameters?|weights?|layers?))?|disable_adapter\w*|\bpeft\w*|adapters?\b|适配器|\blora权重",
     "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
@@ -35,12 +35,15 @@ SUBJECTS = {
     "weights": r"param(?:eter)?s?\b|weights?\b|checkpoints?\b|safetensors|\bmodel\b|state_dict|\bconfig\b"
     r"|\b\w+_config\b|encoders?\b|towers?\b|backbone|权重|底座|参数|模型|检查点|[qkvo]_proj\.weights?|lm_head|linear layers?",
 }
+_TO_HALF = r"['\"]?\s*[=:]\s*['\"]?(?:torch\.)?(?:b?float16|bf16|fp16|half)\b"
 REMEDIES = {
-    "flag": r"--(?:bf16|fp16)\b|\b(?:bf16|fp16)['\"]? ?[=:] ?['\"]?true|mixed_precision",
+    "flag": r"--(?:bf16|fp16)\b|\b(?:bf16|fp16)['\"]? ?[=:] ?['\"]?true|mixed_precision|--precision",
     "compute": SUBJECTS["compute"],
-    "load": r"(?<!compute_)(?:torch_)?dtype\b|model_kwargs",
+    "load": rf"(?<!compute_)(?:torch_)?dtype{_TO_HALF}|(?<!compute_)\btorch_dtype\b|model_kwargs",
     "autocast": r"\bautocast\w*",
-    "input": SUBJECTS["input"],
+    "norm": r"\w*norms?\b[^\n]{0,30}\.(?:to|half|bfloat16)\(|(?:cast\w*|转)[^\n]{0,20}\w*norms?\b",
+    "input": r"\b\w*(?:feat|embed|latent|pixel|input|mel|image|audio|mask)\w*"
+    r"(?:\s*=\s*[\w.]+)?\.(?:half|bfloat16|to)\(|" + SUBJECTS["input"],
 }
 PROGRAMS = (
     "silently casted in float32",
@@ -62,7 +65,13 @@ _EVERY = re.compile(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype f
 _WORKS = re.compile(
     r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on)|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpass(?:es|ed)?\b|\bgo(?:es)? through\b"
-    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|能跑|能训|通过|解决|没报错|跑通"
+    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|能跑|能训|通过|解决|没报错|跑通"
+)
+# What is said when a remedy has worked, and seldom of anything else.
+_CURED = re.compile(
+    r"\bsolved\b|\bthat was it\b|\bworks? now\b|\bnow (?:it )?(?:works?|runs?|trains?)\b|\bdid the trick\b|\bwas enough\b"
+    r"|\bis enough\b|\bfixe[sd] (?:it|this|the)\b|\bresolve[sd]?\b|\b(?:error|it) (?:is gone|goes away|went away|disappear\w*)"
+    r"|\bturned out\b|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok"
 )
 _NOT_WORKS = re.compile(
     r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t) (?:\w+ )?(?:work|run|train|help|fine|ok)"
@@ -90,6 +99,11 @@ _FAILS = re.compile(
 _TURNED = re.compile(
     r"\bbec[ao]mes?\b|\bturn(?:s|ed)?\b|\bcomes? out\b|\bcame out\b|\bends? up\b|\bpromot\w+|\bafter\b|->|→|=>"
     r"|成|变|提升|之后|以后|出来"
+)
+
+
+_BECAME = re.compile(
+    r"(?:\bbec[ao]mes?|\bturn(?:s|ed)? (?:in)?to|\bpromoted to|\bupcast to|成了?|变成?|变为|提升到?)\s*$"
 )
 
 
@@ -149,10 +163,12 @@ def _paired(asked: str, printed: str) -> Iterator[str]:
 
 def _about(sentence: str, place: int) -> "Optional[str]":
     """What is spoken of nearest before a place in a sentence, else behind it."""
-    nearest = None
+    nearest, end = None, 0
     for match in _SUBJECT.finditer(sentence):
         if match.start() < place:
-            nearest = match.lastgroup
+            # "the norm's weights" are the norm
+            joined = nearest == "norm" and match.lastgroup == "weights" and match.start() - end < 4
+            nearest, end = (nearest if joined else match.lastgroup), match.end()
         elif nearest is None:
             return match.lastgroup if match.start() - place < 40 else None
     return nearest
@@ -165,16 +181,26 @@ def _dtypes(sentence: str) -> Iterator[Says]:
                 continue
             subject = _about(sentence, match.start())
             if subject is not None:
-                before = _HALF.search(sentence, 0, match.start())
-                if what == "float32" and before and _TURNED.search(sentence, before.end()):
+                if what == "float32" and _turned(sentence, match.start()):
                     yield Says(subject, "turned", sentence)
+                if what == "float32" and re.search(SUBJECTS["kbit"], sentence):
+                    yield Says("kbit", what, sentence)
                 every = what == "half" and _EVERY.search(sentence)
                 yield Says(subject, "all half" if every else what, sentence)
                 break
 
 
+def _turned(sentence: str, place: int) -> bool:
+    """Whether what is float32 at a place was half before, or became float32."""
+    before = _HALF.search(sentence, 0, place)
+    if before and _TURNED.search(sentence, before.end()):
+        return True
+    return _BECAME.search(sentence[max(place - 16, 0) : place]) is not None
+
+
 def _works(sentence: str) -> Iterator[Says]:
     works = _WORKS.search(sentence) is not None and _NOT_WORKS.search(sentence) is None
+    cured = _REMEDY.search(sentence) if works and _CURED.search(sentence) else None
     left_out = _LEFT_OUT.search(sentence)
     if works and left_out:
         subject = _nearest(sentence, left_out.end())
@@ -188,6 +214,8 @@ def _works(sentence: str) -> Iterator[Says]:
         works and (with_ := _WITH.search(sentence)) and (subject := _behind(sentence, with_.end()))
     ):
         yield Says(subject, "works with", sentence)
+    elif cured:
+        yield Says(cured.lastgroup or "", "works with", sentence)
     elif works:
         for subject in dict.fromkeys(match.lastgroup for match in _SUBJECT.finditer(sentence)):
             yield Says(subject or "", "works", sentence)
