@@ -17,7 +17,7 @@ import helpers
 from helpers import diagnose
 from helpers.doctor import catalogue, evidence, rules, words
 from helpers.doctor.command import main
-from helpers.doctor.share import scrub
+from helpers.doctor.share import block, scrub
 from helpers.doctor.text import diagnose_text
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +203,33 @@ def test_a_report_block_has_nothing_of_the_person():
     cleaned = scrub(text).lower()
     for word in ("anna", "abcdefghij", "s3cr3t", "gpu-17", "10.1.2.3"):
         assert word not in cleaned
+
+
+def test_a_name_of_a_home_folder_is_removed_wherever_it_stands(monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: "login7")
+    cleaned = scrub("/home/berta/x.py wrote /scratch/berta/run on login7; alberta stays")
+    assert "alberta stays" in cleaned
+    for word in ("/berta", "login7"):
+        assert word not in cleaned
+
+
+@given(st.from_regex(r"[a-z]{3,12}(\.[a-z]{2,8})?@[a-z]{3,12}\.[a-z]{2,5}", fullmatch=True))
+def test_no_mail_address_is_left(address):
+    assert address not in scrub(f"from {address}: hello")
+
+
+def test_a_line_without_end_is_cut_at_a_blank_in_a_report():
+    text = "ok " + "hf_" + "a" * 2_000_000
+    told = block(diagnose_text(text), text)
+    assert len(told) < 3000
+    assert "aaaa" not in told
+
+
+@pytest.mark.parametrize("sign", evidence.load("signs.json")["signs"], ids=lambda sign: sign["id"])
+def test_no_pattern_of_a_sign_runs_over_a_line_without_end(sign):
+    """Two unbounded repetitions of a wide class take the square of a line's length."""
+    wide = re.compile(r"(?:\[\^(?:[^\]\\]|\\.)*\]|\\[wWS]|(?<!\\)\.)(?:[*+]|\{\d+,\})")
+    assert wide.findall(sign.get("match", "")) == []
 
 
 def test_what_is_no_text_exception_or_model_is_refused():
