@@ -151,6 +151,8 @@ def read(text: "Union[str, bytes]") -> Evidence:
         if not failed and any(word in piece for word in ERRORS):
             failed = FAILED.search(piece) is not None
         at += len(piece)
+    if "c-own-adapter" in signs:
+        signs.pop("p-no-lora", None)
     for sign, subjects in NOT_LEFT_OUT.items():
         told = [one.what for one in sentences if one.subject in subjects]
         if {"works", "works with", "works without"} & set(told):
@@ -199,6 +201,8 @@ def _flat(piece: str) -> str:
         flat = re.sub(r"[ \t]+", " ", flat)
     if "automatic mixed-precision" in flat:
         flat = ADVICE.sub("", flat)
+    if "=true" in flat:
+        flat = ADVISED.sub("", flat)
     if "#" not in flat:
         return flat
     return re.sub(
@@ -219,6 +223,11 @@ ADVICE = re.compile(
     r"you should run training or inference using automatic mixed-precision.{0,300}?"
     r"(?:dtype=torch\.b?float16\)|(?=\n\n)|\Z)",
     re.S,
+)
+# What others are quoted to say.
+ADVISED = re.compile(
+    r"(?:\bsa(?:y|ys|id)|\badvice|\banswers?|\bsuggest\w*|\brecommend\w*|建议|都说|让我)[^\n.。]{0,20}"
+    r"[\"“'`](?:set |use |add )?(?:--)?(?:bf16|fp16)=true[\"”'`]"
 )
 COMMENTED = re.compile(r"# ?(?:--)?(?:bf16|fp16)\b[^\n]*")
 FRAME = re.compile(r'File "([^"\n]{1,300})", line \d{1,7}, in ([\w<>]{1,80})')

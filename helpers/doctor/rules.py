@@ -310,7 +310,16 @@ def _outside_autocast(evidence: Evidence) -> Iterator[Says]:
         )
 
 
-MODEL = ("tokenizer", "processor", "config", "peft", "lora", "dataset", "generationconfig")
+MODEL = (
+    "tokenizer",
+    "processor",
+    "config",
+    "peftmodel",
+    "peftconfig",
+    "lora",
+    "dataset",
+    "generationconfig",
+)
 WRAPPERS = (
     "crossencoder",
     "sentencetransformer",
@@ -326,7 +335,7 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
     half = evidence.has("half")
     for call in evidence.calls:
         loads = call.name.endswith(("from_pretrained", "from_config")) and not any(
-            word in call.name for word in MODEL
+            word in call.name.replace("autopeft", "auto") for word in MODEL
         )
         if not loads and not call.name.endswith(WRAPPERS):
             continue
@@ -368,6 +377,7 @@ CURED = {
     "compute": "quantization-compute-dtype",
     "input": "inputs-fp32",
     "norm": "upcast-module",
+    "q": "upcast-module",
 }
 # What works where this is left out, or fails only with it, has this cause.
 BLAMED = {
@@ -442,14 +452,20 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
     """What quantising, training and a compute dtype say together."""
     if evidence.has("unquantised") and "c-kbit" not in evidence.signs:
         yield Says("kbit-prep", 0, noted("Nothing is quantised, and nothing was prepared for it."))
-    if not evidence.has("quantised") or evidence.has("unquantised"):
+    quantised = evidence.has("quantised") and not evidence.has("unquantised")
+    if evidence.has("norms"):
+        label = "kbit-prep" if quantised else "upcast-module"
+        yield Says(label, POINTS, evidence.signs["c-norm-to-float"].entry["means"])
+    if not quantised:
         return
     if evidence.stage("train") or evidence.has("lora"):
         why = noted("Quantised training is prepared, which casts norms and embeddings to float32.")
         unsloth = "unsloth" in evidence.libraries  # prepares in a way of its own
-        likely = not unsloth and (_in_autocast(evidence) or evidence.is_on())
-        yield Says("kbit-prep", 3 if likely else 1, why)
-        if _in_autocast(evidence):
+        own = not _caller(evidence).startswith(("transformers/", "torch/"))
+        on = evidence.is_on()
+        points = 3 if _in_autocast(evidence) or (on and own) else 2 if on else 1
+        yield Says("kbit-prep", 1 if unsloth else points, why)
+        if points == 3:
             yield Says("upcast-module", -1, why)
     config = [c for c in evidence.calls if c.name.endswith("bitsandbytesconfig") and c.whole]
     if any("compute_dtype" not in c.text and "4bit" in c.text.replace("_", "") for c in config):
@@ -488,7 +504,7 @@ def _caller(evidence: Evidence) -> str:
     """The file that called the flash_attn package; "torch/" if no frame shows it."""
     before = "torch/"
     for file, _ in evidence.frames:
-        if file.startswith("flash_attn"):
+        if file.startswith("flash_attn") or "/flash_attn/" in file:
             return before
         before = before if file.startswith("torch/") else file
     return "torch/"

@@ -20,13 +20,13 @@ SUBJECTS = {
     "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
     "fp8": r"\S*fp8\b",
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
-    "norm": r"\w*norms?\d*\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
+    "norm": r"\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
     "rope": r"\brope\w*|rotary\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
     "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b|image_features?|input_features|pixel_values\w*"
     r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed|soft[ _]?prompts?"
-    r"|特征|\w+_feats?\b|\.npy\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
+    r"|特征|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
     "attention": r"\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
@@ -37,7 +37,8 @@ SUBJECTS = {
 }
 _TO_HALF = r"['\"]?\s*[=:]\s*['\"]?(?:torch\.)?(?:b?float16|bf16|fp16|half)\b"
 REMEDIES = {
-    "flag": r"--(?:bf16|fp16)\b|\b(?:bf16|fp16)['\"]? ?[=:] ?['\"]?true|mixed_precision|--precision",
+    "flag": r"--(?:bf16|fp16)\b|\b(?:bf16|fp16)['\"]? ?[=:] ?['\"]?true|\bamp ?= ?true|mixed_precision|--precision",
+    "q": r"\b(?:q|query\w*|kv?|key\w*)\b[^\n]{0,12}=\s*\(?[\w.]+\.(?:to|half|bfloat16|type)\(",
     "compute": SUBJECTS["compute"],
     "load": rf"(?<!compute_)(?:torch_)?dtype{_TO_HALF}|(?<!compute_)\btorch_dtype\b|model_kwargs",
     "autocast": r"\bautocast\w*",
@@ -63,15 +64,15 @@ _HALF = re.compile(
 )
 _EVERY = re.compile(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
 _WORKS = re.compile(
-    r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on)|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
+    r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpass(?:es|ed)?\b|\bgo(?:es)? through\b"
-    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|能跑|能训|通过|解决|没报错|跑通"
+    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|能跑|能训|通过|解决|没报错|跑通"
 )
 # What is said when a remedy has worked, and seldom of anything else.
 _CURED = re.compile(
     r"\bsolved\b|\bthat was it\b|\bworks? now\b|\bnow (?:it )?(?:works?|runs?|trains?)\b|\bdid the trick\b|\bwas enough\b"
     r"|\bis enough\b|\bfixe[sd] (?:it|this|the)\b|\bresolve[sd]?\b|\b(?:error|it) (?:is gone|goes away|went away|disappear\w*)"
-    r"|\bturned out\b|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok"
+    r"|\bturned out\b|\baccepted\b|\bhappy\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok"
 )
 _NOT_WORKS = re.compile(
     r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t) (?:\w+ )?(?:work|run|train|help|fine|ok)"
@@ -102,8 +103,9 @@ _TURNED = re.compile(
 )
 
 
+_REST = re.compile(r"其余|其它|其他|剩下|\bthe rest\b|\bothers\b|everything else|all else")
 _BECAME = re.compile(
-    r"(?:\bbec[ao]mes?|\bturn(?:s|ed)? (?:in)?to|\bpromoted to|\bupcast to|成了?|变成?|变为|提升到?)\s*$"
+    r"(?:\b(?:come|comes|came) out as|\bends? up (?:as|in)|-> ?|→ ?|\bbec[ao]mes?|\bturn(?:s|ed)? (?:in)?to|\bpromoted to|\bupcast to|成了?|变成?|变为|提升到?)\s*$"
 )
 
 
@@ -180,6 +182,8 @@ def _dtypes(sentence: str) -> Iterator[Says]:
             if re.search(r"(?:no|not|without|没有|不是|无)\s*$", sentence[: match.start()]):
                 continue
             subject = _about(sentence, match.start())
+            if subject == "weights" and what == "float32" and _REST.search(sentence):
+                continue  # a few of them
             if subject is not None:
                 if what == "float32" and _turned(sentence, match.start()):
                     yield Says(subject, "turned", sentence)
