@@ -6,6 +6,7 @@ lines, and ``flat`` is lower case with single blanks, for code, commands and pro
 themselves are data (signs.json).
 """
 
+import codecs
 import functools
 import itertools
 import re
@@ -17,7 +18,7 @@ from helpers.doctor import statements
 from helpers.doctor.data import load
 
 PIECE = 2**19  # characters read at a time
-EDGE = 2**20  # characters at both ends of a text in which people's own words are looked for
+EDGE = 2**19  # characters at both ends of a text in which people's own words are looked for
 OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
 SPOTS = 4  # places at which one sign is kept
 LONG = 160  # characters of a quoted line
@@ -29,7 +30,10 @@ PREFIX = re.compile(
     r"^[ \t]*(?:(?:>|\||│)[ \t]?)+"
     r"|^[ \t]*\[(?:rank|default|[\w.-]+:)?\d+\]:?(?:<\w+>:?)?[ \t]?"
     r"|^\((?:[A-Z]\w*[ \t])?[^()\n]{0,40}pid=\d+[^()\n]{0,60}\)[ \t]?"
-    r"|^(?:node-?)?\d{1,4}:[ \t]",
+    r"|^(?:node-?)?\d{1,4}:[ \t]"
+    r"|^[\w.-]{1,40}[ \t]{1,8}\|[ \t]"
+    r"|^\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?\]?"
+    r"[ \t]{1,4}(?:std(?:err|out) [FP] ?)?",
     re.M,
 )
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -201,6 +205,10 @@ def _flat(piece: str) -> str:
         flat = re.sub(r"[ \t]+", " ", flat)
     if "automatic mixed-precision" in flat:
         flat = ADVICE.sub("", flat)
+    if not flat.isascii():  # Python counts Chinese letters as parts of the words that they touch
+        flat = TOUCHING.sub(" ", flat)
+    if "dtype" in flat:
+        flat = MADE.sub("", flat)
     if "=true" in flat:
         flat = ADVISED.sub("", flat)
     if "#" not in flat:
@@ -223,6 +231,12 @@ ADVICE = re.compile(
     r"you should run training or inference using automatic mixed-precision.{0,300}?"
     r"(?:dtype=torch\.b?float16\)|(?=\n\n)|\Z)",
     re.S,
+)
+TOUCHING = re.compile(r"(?<=[\u4e00-\u9fff])(?=[a-z0-9_`])|(?<=[a-z0-9_`])(?=[\u4e00-\u9fff])")
+# A tensor of labels or weights is no model.
+MADE = re.compile(
+    r"\b(?:tensor|zeros\w{0,5}|ones\w{0,5}|full\w{0,5}|arange|empty\w{0,5}|linspace|eye)\("
+    r"[^()\n]{0,160}\bdtype ?= ?(?:torch\.)?float(?:32)?\)?"
 )
 # What others are quoted to say.
 ADVISED = re.compile(
@@ -256,7 +270,8 @@ def _pieces(text: "Union[str, bytes]") -> Iterator[str]:
     seen: set[int] = set()
     for rough in _rough(text):
         if not rough.isascii():
-            rough = unicodedata.normalize("NFKC", rough)
+            rough = unicodedata.normalize("NFKC", rough.encode("utf-8", "replace").decode("utf-8"))
+        rough = _unpacked(rough.replace("\r\n", "\n"))
         if "\x1b" in rough:
             rough = ANSI.sub("", rough)
         elif "[0m" in rough:
@@ -282,13 +297,52 @@ def _pieces(text: "Union[str, bytes]") -> Iterator[str]:
         yield "\n".join(kept)
 
 
+def _unpacked(piece: str) -> str:
+    """A piece of a web page or of a JSON body as the text that it carries."""
+    if piece.count("\\n") > 2 + 3 * piece.count("\n"):
+        piece = piece.replace("\\r", "").replace("\\n", "\n").replace('\\"', '"')
+        piece = re.sub(r"\\u001b\[[0-9;]{0,12}m", "", piece)
+        piece = re.sub(r"\\u([0-9a-f]{4})", lambda code: chr(int(code[1], 16)), piece)
+    if "<br" in piece or "</" in piece:
+        piece = TAG.sub("", re.sub(r"<br ?/?>\n?|</(?:p|div|li|pre)>", "\n", piece))
+    if "&lt;" in piece or "&quot;" in piece or "&#" in piece:
+        import html
+
+        piece = html.unescape(piece)
+    return piece
+
+
+# The tags of a page; in a traceback <module> and <lambda> stand in the same signs.
+TAG = re.compile(
+    r"</?(?:span|div|p|pre|code|b|i|em|strong|a|td|tr|table|body|html|li|ul)\b[^<>]{0,300}>"
+)
+
+
+def _encoding(content: bytes) -> str:
+    """How bytes are written: what Windows' shells and Chinese editors save is not UTF-8."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    head = content[:PIECE]
+    for name in ("utf-8-sig", "gb18030"):
+        try:
+            codecs.getincrementaldecoder(name)().decode(head)
+        except UnicodeDecodeError:
+            continue
+        return name
+    return "utf-8"
+
+
 def _rough(text: "Union[str, bytes]") -> Iterator[str]:
     """Pieces of a text that overlap, each ending at a line's end where there is one."""
+    encoding = _encoding(text) if isinstance(text, bytes) else ""
+    if encoding == "utf-16":  # a piece could begin in the middle of a letter
+        text = bytes(text).decode("utf-16", "replace")  # type: ignore[arg-type]
+    decoder = codecs.getincrementaldecoder(encoding)("replace") if isinstance(text, bytes) else None
     start, tail = 0, ""
     while start < len(text):
         part = text[start : start + PIECE]
         start += PIECE
-        fresh = part.decode("utf-8", "replace") if isinstance(part, bytes) else part
+        fresh = decoder.decode(part) if decoder and isinstance(part, bytes) else str(part)
         piece = tail + fresh
         if start < len(text) and (end := piece.rfind("\n", len(piece) - OVERLAP)) > 0:
             tail, piece = piece[end + 1 :], piece[: end + 1]
@@ -316,8 +370,9 @@ def _look(
         spots = [(start, start + len(found))] if _pattern(entry["match"]).search(around) else []
     else:
         for number, match in enumerate(_pattern(entry["match"]).finditer(text)):
-            if entry.get("negatable") and NEGATED.search(
-                text[max(match.start() - 40, 0) : match.start()]
+            if entry.get("negatable") and (
+                NEGATED.search(text[max(match.start() - 40, 0) : match.start()])
+                or GONE.match(text, match.end())
             ):
                 continue
             spots = [*spots[:1], match.span()]
@@ -346,7 +401,11 @@ ELSEWHERE = re.compile(
 BEHIND = re.compile(r"(?:error|exception)\W{0,3}$")
 
 
-NEGATED = re.compile(r"(?:\bno|\bnot|\bnever|\bwithout|n't|没有?|未|不)\s*(?:\w+ ){0,3}[`'\"(]?$")
+NEGATED = re.compile(
+    r"(?:\bno|\bnot|\bnever|\bwithout|\bremoved?|n't|没有?|未|不)\s*(?:[\w-]+ ?){0,3}[`'\"(]?$"
+    r"|# ?(?:\w+ ?= ?)?$|\bimport [\w, ]*$"
+)
+GONE = re.compile(r"\W{0,3}(?:\([^)\n]{0,40}\))?\W{0,3}(?:注释|去掉|删|was removed|is commented)")
 
 
 @functools.cache

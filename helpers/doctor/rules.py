@@ -151,7 +151,8 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
     for one in said:
         if one.label in points:
             points[one.label] += one.points
-    if points.get("missing-autocast", 0) >= POINTS and points.get("weights-fp32", 0) > 0:
+    meant = points.get("missing-autocast", 0) >= POINTS and points.get("weights-fp32", 0) > 0
+    if meant and not evidence.says("works with", "load"):
         # Weights for mixed precision are float32 by intention.
         less = points["weights-fp32"] - 3
         if "f-trainer" in evidence.signs:
@@ -250,7 +251,9 @@ def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     if evidence.has("removed") and evidence.stage("train"):
         why = evidence.signs["c-removed"].entry["means"]
         yield Says("missing-autocast", POINTS, why)
-    elif evidence.is_on() and not evidence.stage("eval") and not evidence.has("loop"):
+    elif evidence.is_on() and not (
+        evidence.stage("eval") or evidence.has("loop") or evidence.has("outside")
+    ):
         yield Says("missing-autocast", 0, why)
     elif evidence.has("off") and not evidence.has("on"):
         yield Says("missing-autocast", POINTS, noted("The flags for mixed precision are off."))
@@ -349,6 +352,7 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
             points = 1
         yield Says("weights-fp32", points, noted("A model is loaded without a dtype."))
         return
+    half = half and not evidence.says("works with", "load")
     if half and not {"c-load-float32", "c-float-call", "warn-float32"} & evidence.signs.keys():
         yield Says("weights-fp32", -3, noted("Half precision was asked for at load time."))
 
@@ -410,9 +414,8 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
             yield Says("upcast-module", POINTS, one.text)
         elif one.what == "works with" and one.subject in CURED:
             label = CURED[one.subject]
-            yield Says(
-                "kbit-prep" if label == "upcast-module" and quantised else label, POINTS, one.text
-            )
+            label = "kbit-prep" if label == "upcast-module" and quantised else label
+            yield Says(label, 2 * POINTS, one.text)  # an experiment decides
         elif one.what == "all half" and one.subject == "weights":
             yield Says("weights-fp32", -4, one.text)
         elif one.what in ("works without", "fails with") and one.subject in BLAMED:
@@ -474,6 +477,12 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
         yield Says("quantization-compute-dtype", points, why)
 
 
+def _floats(evidence: Evidence) -> Iterator[Says]:
+    """A line that makes something float32, in a call that is inside autocast."""
+    if evidence.has("floats") and (_in_autocast(evidence) or "p-in-autocast" in evidence.signs):
+        yield Says("upcast-module", 3, evidence.signs["c-float-line"].entry["means"])
+
+
 def _twice_the_size(evidence: Evidence) -> Iterator[Says]:
     """A merged checkpoint of twice the size of the one that it came from is float32."""
     sizes = evidence.sizes
@@ -526,6 +535,7 @@ RULES: "tuple[Rule, ...]" = (
     _loads,
     _sentences,
     _quantised,
+    _floats,
     _twice_the_size,
     _rescued_before,
     _own_attention,

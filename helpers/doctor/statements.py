@@ -29,7 +29,7 @@ SUBJECTS = {
     r"|特征|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
-    "attention": r"\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
+    "attention": r"attn_implementation|\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
     "autocast": r"\bautocast\w*|\bmixed[ _-]precision\b|\bamp\b|混合精度",
     "full": r"full[- ](?:parameter )?fine-?\s?tun\w*|full[- ]param\w*|全参数?微?调?|全量微?调?",
     "weights": r"param(?:eter)?s?\b|weights?\b|checkpoints?\b|safetensors|\bmodel\b|state_dict|\bconfig\b"
@@ -55,7 +55,7 @@ PROGRAMS = (
 _SUBJECT = re.compile("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
 _REMEDY = re.compile("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
 _FLOAT = re.compile(
-    r"(?<![\w-])(?:float32|fp32|float 32|单精度)(?![\w-])|\.float\(\)|\bfp32(?=[^\w-])"
+    r"(?<![\w-])(?:float32|fp32|float 32|单精度)(?![\w-])|(?<!logits)(?<!loss)(?<!labels)(?<!scores)\.float\(\)|\bfp32(?=[^\w-])"
     r"|(?:是|成|为|\bto|\bis|\bare|\bas|\bin) ?(?:float|fp32)\b"
 )
 _HALF = re.compile(
@@ -66,13 +66,13 @@ _EVERY = re.compile(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype f
 _WORKS = re.compile(
     r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpass(?:es|ed)?\b|\bgo(?:es)? through\b"
-    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|能跑|能训|通过|解决|没报错|跑通"
+    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通"
 )
 # What is said when a remedy has worked, and seldom of anything else.
 _CURED = re.compile(
     r"\bsolved\b|\bthat was it\b|\bworks? now\b|\bnow (?:it )?(?:works?|runs?|trains?)\b|\bdid the trick\b|\bwas enough\b"
     r"|\bis enough\b|\bfixe[sd] (?:it|this|the)\b|\bresolve[sd]?\b|\b(?:error|it) (?:is gone|goes away|went away|disappear\w*)"
-    r"|\bturned out\b|\baccepted\b|\bhappy\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok"
+    r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok"
 )
 _NOT_WORKS = re.compile(
     r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t) (?:\w+ )?(?:work|run|train|help|fine|ok)"
@@ -89,7 +89,7 @@ _ONLY_WITH = re.compile(
     r"|\bflip (?:it )?to true|只有|一(?:开|加|用|挂|启用|打开)|加上|打开|开启|之后就|后就"
 )
 _WITH = re.compile(
-    r"\b(?:add|set|pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|\bwith\b"
+    r"\b(?:add|set|pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|^\W*with\b|\bif i (?:do|use|run|load)\b"
     r"|加上|加了|加个|设(?:置|成|为|了)|改成|改为|传(?:入|了)?|指定|换成|包(?:上|了|在)|套(?:上|了)|转成|转换?为|手动"
 )
 _FAILS = re.compile(
@@ -103,9 +103,19 @@ _TURNED = re.compile(
 )
 
 
+_ASKS = re.compile(
+    r"\b(?:is it possible|could it be|is it because|might be|may be|maybe|perhaps|i wonder|i suspect|what if|shouldn'?t)\b"
+    r"|^\W*(?:should|is|are|does|do|did|can|could|would|will)\b[^\n]*\?\s*$|\bif (?:the|my|its?) [^.,]{0,40}\b(?:were|was)\b"
+    r"|会不会|是不是|难道|有没有可能|可能是|也许|或许|怀疑|[^,，]{0,30}(?:吗|么|呢)\s*[?？]"
+)
+# "not float32", "none of them is float32", "cast back before": what stands before a dtype.
+_DENIED = re.compile(
+    r"(?:\b(?:no|not|without|never|none|neither|nor)\b|n't\b|没有|不是|并非|没|无)[^,，;；]{0,40}$"
+)
+_PAST = re.compile(r"\b(?:had|used to)\b[^.]{0,60}\bbut\b|\bbut (?:i )?cast|已经转|已转")
 _REST = re.compile(r"其余|其它|其他|剩下|\bthe rest\b|\bothers\b|everything else|all else")
 _BECAME = re.compile(
-    r"(?:\b(?:come|comes|came) out as|\bends? up (?:as|in)|-> ?|→ ?|\bbec[ao]mes?|\bturn(?:s|ed)? (?:in)?to|\bpromoted to|\bupcast to|成了?|变成?|变为|提升到?)\s*$"
+    r"(?:\b(?:come|comes|came) out as|\bends? up (?:as|in)|-> ?|→ ?|\bbec[ao]mes?|\bturn(?:s|ed)? (?:in)?to|\bpromoted to|\bupcast to|成了?|变成?|变为|提升到?|就是|\b(?:leave|leaves|left) (?:\w+ )?as)\s*$"
 )
 
 
@@ -128,6 +138,9 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
         count += 1
         if count > most:
             break
+        asks = _ASKS.search(sentence)
+        if asks:  # a guess or a question states nothing; what stands before its clause may
+            sentence = sentence[: max(asks.start(), 0)].rpartition(",")[0]
         found += _dtypes(sentence)
         found += _works(sentence)
     return found, count
@@ -145,7 +158,8 @@ def _sentences(flat: str) -> Iterator[str]:
             before = ""
             continue
         for sentence in re.split(
-            r"(?<=[a-z0-9)`\"'])[.!?;](?=\s|$)|[。！？；]|(?<=\w), (?=but |and then |so )", line
+            r"(?<=[a-z0-9)`\"'][.!?;])(?=\s|$)|(?<=[。！？；])|(?<=\w), (?=but |and then |so )",
+            line,
         ):
             if sentence.strip():
                 yield sentence[:LONG]
@@ -179,7 +193,7 @@ def _about(sentence: str, place: int) -> "Optional[str]":
 def _dtypes(sentence: str) -> Iterator[Says]:
     for pattern, what in ((_FLOAT, "float32"), (_HALF, "half")):
         for match in pattern.finditer(sentence):
-            if re.search(r"(?:no|not|without|没有|不是|无)\s*$", sentence[: match.start()]):
+            if _DENIED.search(sentence, 0, match.start()) or _PAST.search(sentence):
                 continue
             subject = _about(sentence, match.start())
             if subject == "weights" and what == "float32" and _REST.search(sentence):
@@ -199,6 +213,10 @@ def _turned(sentence: str, place: int) -> bool:
     before = _HALF.search(sentence, 0, place)
     if before and _TURNED.search(sentence, before.end()):
         return True
+    if re.search(r"\b(?:v|value\w*)\b[^.]{0,20}", sentence[place:]) and _HALF.search(
+        sentence, place
+    ):
+        return True  # v beside it stayed half
     return _BECAME.search(sentence[max(place - 16, 0) : place]) is not None
 
 
