@@ -1,6 +1,10 @@
 """The doctor: what it makes of reports, of exceptions and of any bytes at all."""
 
+# ruff: noqa: RUF001  # Chinese has its own punctuation
+
 import ast
+import html
+import importlib
 import json
 import os
 import re
@@ -100,14 +104,26 @@ def test_what_stands_around_a_message_does_not_hide_it(before, after):
     assert "gpu-too-old" in found.ruled_out
 
 
-def test_a_broken_rule_does_not_hide_the_others(monkeypatch, caplog):
-    def broken(_evidence):
+@pytest.mark.parametrize(
+    "broken",
+    ["rules._loads", "rules._sentences", "statements.read", "evidence._calls", "text.remedies"],
+)
+def test_a_bug_in_one_part_does_not_hide_the_others(monkeypatch, caplog, broken):
+    module, name = broken.split(".")
+    module = importlib.import_module(f"helpers.doctor.{module}")
+
+    def fails(*_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(rules, "RULES", (broken, *rules.RULES))
-    text = f"We will cast back the input in torch.float32.\n{HEADLINE}"
-    assert diagnose_text(text).cause == "weights-fp32"
-    assert "the rule broken failed" in caplog.text
+    if module is rules:
+        there = [fails if rule.__name__ == name else rule for rule in rules.RULES]
+        assert fails in there
+        monkeypatch.setattr(rules, "RULES", there)
+    else:
+        monkeypatch.setattr(module, name, fails)
+    found = diagnose_text(f"We will cast back the input in torch.float32.\n{HEADLINE}")
+    assert found.cause == "weights-fp32"
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_every_label_of_the_data_is_one_of_the_catalogue():
@@ -244,3 +260,107 @@ def test_an_exception_and_its_text_get_the_same_answer():
         found = helpers.diagnose(error)
         text = "".join(traceback.format_exception(error))
     assert found.cause == diagnose_text(text).cause == "mixed-qkv-dtype"
+
+
+@pytest.mark.parametrize(
+    ("text", "not_this"),
+    [
+        ("I removed prepare_model_for_kbit_training, same error", "kbit-prep"),
+        ("# model = prepare_model_for_kbit_training(model)", "kbit-prep"),
+        ("from peft import LoraConfig, prepare_model_for_kbit_training", "kbit-prep"),
+        ("把prepare_model_for_kbit_training注释掉了还是一样", "kbit-prep"),
+        ("I am not using DoRA, and the error is the same", "adapter-fp32"),
+        ("the lora weights aren't float32", "adapter-fp32"),
+        ("I had float32 adapter weights but cast them to bf16 before this run", "adapter-fp32"),
+        ("Neither RMSNorm nor rope is float32, I printed them", "upcast-module"),
+        ("Is it possible that RMSNorm returns float32?", "upcast-module"),
+        ("会不会是 RMSNorm 输出了 float32？", "upcast-module"),
+        ("maybe the inputs_embeds are float32? I have not checked", "inputs-fp32"),
+        ("should bnb_4bit_compute_dtype be float32?", "quantization-compute-dtype"),
+        ("If the weights were float32 I would understand, but they are bfloat16", "weights-fp32"),
+        ("Someone told me to load with torch_dtype=torch.float32, I did not", "weights-fp32"),
+        ("weights = torch.tensor(class_weights, dtype=torch.float32)", "weights-fp32"),
+        ("logits = model(**x).logits.float()", "weights-fp32"),
+        ("step 10 bf16=0.936 loss=1.2", "missing-autocast"),
+        ("I did not pass bf16=True. Loaded with torch_dtype=torch.bfloat16.", "missing-autocast"),
+    ],
+)
+def test_what_is_denied_guessed_or_of_something_else_decides_nothing(text, not_this):
+    assert diagnose_text(f"{text}\n{HEADLINE}").cause != not_this
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("without LoRA it works, with LoRA it fails", "不加LoRA就正常，加了LoRA就报错"),
+        ("I printed it: q_norm returns float32", "打印发现q_norm输出是float32"),
+        ("the inputs_embeds that I pass are float32", "传的inputs_embeds是float32的"),
+        ("inference is inside torch.autocast", "推理代码已经放在torch.autocast里了"),
+        ("training script, I forgot bf16", "训练脚本，忘了加bf16"),
+    ],
+)
+def test_chinese_that_touches_latin_letters_says_what_english_says(english, chinese):
+    one, other = (diagnose_text(f"{text}\n{HEADLINE}") for text in (english, chinese))
+    assert (one.cause, one.ruled_out) == (other.cause, other.ruled_out)
+    assert one.cause or "missing-autocast" in one.ruled_out
+
+
+COMMAND = """swift sft \\
+  --model Qwen/Qwen2.5-7B-Instruct \\
+  --train_type full --attn_impl flash_attn \\
+  --dataset a.jsonl --num_train_epochs 1
+训练脚本如上。
+"""
+
+
+@pytest.mark.parametrize(
+    "carry",
+    [
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.encode("gb18030"),
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: json.dumps({"body": text}),
+        lambda text: json.dumps({"body": text}, ensure_ascii=False),
+        lambda text: html.escape(text).replace("\n", "<br/>\n"),
+        lambda text: f"<pre><code>{html.escape(text)}</code></pre>",
+        lambda text: "".join(f"trainer-1  | {line}\n" for line in text.split("\n")),
+        lambda text: "".join(f"2024-05-01T10:00:00.1Z stderr F {x}\n" for x in text.split("\n")),
+    ],
+    ids=[
+        "crlf",
+        "utf-16",
+        "gb18030",
+        "bom",
+        "json",
+        "json-raw",
+        "html",
+        "pre",
+        "docker",
+        "kubernetes",
+    ],
+)
+def test_how_a_file_was_written_changes_nothing(carry):
+    text = f"{COMMAND}{HEADLINE}\n"
+    was, now = diagnose_text(text), diagnose_text(carry(text))
+    assert was.cause == "missing-autocast"
+    assert (now.cause, now.ruled_out) == (was.cause, was.ruled_out)
+
+
+def test_an_error_behind_the_one_that_is_diagnosed_is_named():
+    text = f"Yesterday:\n{HEADLINE}\nNow:\ntorch.cuda.OutOfMemoryError: CUDA out of memory."
+    assert "memory" in diagnose_text(text).looks_like
+
+
+def test_a_warning_above_a_job_that_failed_is_not_called_harmless():
+    warning = "but the current dype in Qwen2ForCausalLM is torch.float32"
+    assert diagnose_text(warning).cause == "warning-benign"
+    found = diagnose_text(f"{warning}\nsrun: error: task 0: Exited with exit code 1")
+    assert (found.cause, found.is_failure) == (None, True)
+
+
+@pytest.mark.parametrize("text", ["", b"", "\n \t", b"\x00\x01"])
+def test_without_a_letter_there_is_nothing_to_diagnose(text):
+    found = diagnose_text(text)
+    assert (found.cause, found.is_failure) == (None, False)
+    assert found.looks_like.startswith("There is no text")

@@ -310,7 +310,6 @@ def with_lora(model):
         (torch.bfloat16, lambda model: model, "", "upcast-module"),
         (torch.bfloat16, lambda model: model, "load_in_4bit=True", "quantization-compute-dtype"),
         (torch.bfloat16, lambda model: model, "model(inputs_embeds=x)", "inputs-fp32"),
-        (torch.bfloat16, with_lora, "", "adapter-fp32"),
         (torch.bfloat16, norms_in_float32, "", "kbit-prep"),
         (torch.bfloat16, lambda m: with_lora(norms_in_float32(m)), "I train it.", "kbit-prep"),
     ],
@@ -322,3 +321,19 @@ def test_the_doctor_reads_what_its_own_check_prints(failing, dtype, change, told
     found = diagnose(f"{told}\n{error}{printed}")
     assert (found.cause, found.certain) == (label, True)
     assert printed.strip() in [one.text for one in found.evidence]
+
+
+def test_a_float32_adapter_is_not_yet_to_blame(failing):
+    """PEFT keeps adapters in float32 by default and casts back what they return."""
+    printed = checked(with_lora(failing(torch.bfloat16)))
+    found = diagnose(printed)
+    assert (found.cause, found.certain) == (None, False)
+    assert found.candidates[:2] == ("adapter-fp32", "upcast-module")
+    assert "disable_adapter()" in found.next_check
+    assert not {"weights-fp32", "missing-autocast", "kbit-prep"} & set(found.candidates)
+
+
+def test_autocast_that_is_set_is_not_denied_by_lines_run_beside_the_step(failing):
+    printed = checked(failing(torch.float32).train())
+    found = diagnose(f"bf16=True is set.\n{printed}")
+    assert (found.cause, found.certain) == (None, False)

@@ -11,12 +11,13 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional, Union
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 from helpers.doctor import statements
 from helpers.doctor.data import load
 
+T = TypeVar("T")
 PIECE = 2**19  # characters read at a time
 EDGE = 2**19  # characters at both ends of a text in which people's own words are looked for
 OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
@@ -70,6 +71,7 @@ class Evidence(NamedTuple):
         sizes: in GB, as they are written.
         failed: whether anything looks like an exception.
         raised: last lines of tracebacks.
+        letters: whether there is a letter or a digit at all.
     """
 
     signs: "dict[str, Sign]"
@@ -82,6 +84,7 @@ class Evidence(NamedTuple):
     libraries: "tuple[str, ...]"
     sentences: "list[statements.Says]"
     sizes: "tuple[float, ...]"
+    letters: bool = True
 
     def says(self, what: str, *subjects: str) -> bool:
         """Whether a sentence says this of one of these."""
@@ -111,6 +114,20 @@ class Call(NamedTuple):
     whole: bool
 
 
+def guarded(instead: Any, function: "Callable[..., T]", *arguments: Any) -> T:
+    """What a function returns, or this where it fails: a bug in one must not hide the others."""
+    try:
+        return function(*arguments)
+    except Exception:
+        import logging  # a tenth of the command's time, for what never happens
+
+        logging.getLogger(__name__).exception("%s failed", function.__name__)
+        return instead  # type: ignore[no-any-return]
+
+
+NOTHING_SAID: "tuple[list[statements.Says], int]" = ([], 0)
+
+
 def read(text: "Union[str, bytes]") -> Evidence:
     """The evidence in a text of any length; bytes are taken for UTF-8, and nothing is refused."""
     signs: dict[str, Sign] = {}
@@ -122,11 +139,12 @@ def read(text: "Union[str, bytes]") -> Evidence:
     sizes: dict[float, None] = {}
     frames: dict[tuple[str, str], None] = {}
     sentences: list[statements.Says] = []
-    failed, at, left = False, 0, statements.MOST
+    failed, letters, at, left = False, False, 0, statements.MOST
     for piece in _pieces(text):
         flat = _flat(piece)
         compact = _compact(flat)
         flat = TORCH.sub("", flat) if "torch." in flat else flat
+        letters = letters or bool(compact)
         edge = at < EDGE or at > len(text) - EDGE
         for entry in load("signs.json")["signs"]:
             known = signs.get(entry["id"])
@@ -134,11 +152,11 @@ def read(text: "Union[str, bytes]") -> Evidence:
                 continue  # people write before and behind a log, and not in it
             _look(entry, piece, compact if entry["in"] == "compact" else flat, at, signs)
         if edge and left > 0:
-            more, count = statements.read(flat, left)
+            more, count = guarded(NOTHING_SAID, statements.read, flat, left)
             sentences += _as_written(more, TORCH.sub("", re.sub(r"[ \t]+", " ", piece)))
             left -= count
         if edge and len(calls) < MOST_CALLS:
-            for call in itertools.islice(_calls(flat), MOST_CALLS):
+            for call in guarded([], _first_calls, flat):
                 calls.setdefault(call.text, call)
         for name, number in itertools.islice(VERSION.findall(flat), 500):
             versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
@@ -172,6 +190,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
         tuple(name for name in LIBRARIES if name in libraries),
         sentences,
         tuple(sizes)[:100],
+        letters,
     )
 
 
@@ -403,7 +422,7 @@ BEHIND = re.compile(r"(?:error|exception)\W{0,3}$")
 
 NEGATED = re.compile(
     r"(?:\bno|\bnot|\bnever|\bwithout|\bremoved?|n't|没有?|未|不)\s*(?:[\w-]+ ?){0,3}[`'\"(]?$"
-    r"|# ?(?:\w+ ?= ?)?$|\bimport [\w, ]*$"
+    r"|\b(?:told|advised|suggested)\b[^\n]{0,36}$|# ?(?:\w+ ?= ?)?$|\bimport [\w, ]*$"
 )
 GONE = re.compile(r"\W{0,3}(?:\([^)\n]{0,40}\))?\W{0,3}(?:注释|去掉|删|was removed|is commented)")
 
@@ -447,6 +466,10 @@ CALL = re.compile(
     r"|flagmodel|pipeline|accelerator|from_config|load_model|fastlanguagemodel\.get_peft_model))\("
 )
 REACH = 1200  # characters of one call
+
+
+def _first_calls(flat: str) -> "list[Call]":
+    return list(itertools.islice(_calls(flat), MOST_CALLS))
 
 
 def _calls(flat: str) -> Iterator[Call]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
 from helpers.doctor.data import load
-from helpers.doctor.evidence import Evidence, Sign
+from helpers.doctor.evidence import Evidence, Sign, guarded
 from helpers.doctor.words import noted
 
 POINTS, LEAD = 4, 2  # a lead of three does with three points
@@ -83,6 +83,7 @@ def judge(evidence: Evidence) -> Verdict:
     errors = [sign for sign in signs if sign.kind == "error"]
     foreign = [sign for sign in signs if sign.kind == "foreign"]
     harmless = [sign for sign in signs if sign.entry.get("harmless")]
+    ended = [sign for sign in signs if sign.entry.get("ended")]
     if errors:
         errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
         error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
@@ -97,8 +98,8 @@ def judge(evidence: Evidence) -> Verdict:
     if certain:
         label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
-    if evidence.raised:
-        return Verdict(None, False, (), (), True, "other", tuple(harmless))
+    if evidence.raised or ended:
+        return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
     if harmless:
         label = "warning-benign"
         return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
@@ -140,12 +141,7 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
         return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", halves)
     said: list[Says] = []
     for rule in RULES:
-        try:
-            said += rule(evidence)
-        except Exception:  # one broken rule must not hide what the others say
-            import logging  # a tenth of the command's time, for what never happens
-
-            logging.getLogger(__name__).exception("the rule %s failed", rule.__name__)
+        said += guarded([], _all, rule, evidence)
     ruled_out = {one.label for one in said if one.points == 0}
     points = {label: 0 for label in FLOAT32 if label not in ruled_out}
     for one in said:
@@ -173,6 +169,10 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
     if len(left) < 2:
         left = tuple(dict.fromkeys([*left, *ranked]))[:2]
     return Verdict(None, False, left, out, True, "ours", used, tuple(said))
+
+
+def _all(rule: "Rule", evidence: Evidence) -> "list[Says]":
+    return list(rule(evidence))
 
 
 def _usual(evidence: Evidence) -> "list[str]":
@@ -222,14 +222,19 @@ def _checked(evidence: Evidence) -> Iterator[Says]:
     if wide == 0:
         likely = "quantization-compute-dtype" if evidence.has("quantised") else "upcast-module"
         yield Says("inputs-fp32" if evidence.has("embeds") else likely, 2 * POINTS, why)
-    elif wide == adapters:
-        yield Says("adapter-fp32", 2 * POINTS, why)
+    elif wide == adapters:  # PEFT keeps them so, and casts back what they return
         yield Says("weights-fp32", 0, why)
+        yield Says("kbit-prep", 0, why)
+        yield Says("missing-autocast", 0, why)
+        yield Says("adapter-fp32", 3, why)
+        yield Says("upcast-module", 2, why)
     elif wide == adapters + few:
         yield Says("kbit-prep", 2 * POINTS, why)
         yield Says("weights-fp32", 0, why)
     elif autocast:
         yield Says("upcast-module", 2 * POINTS, why)
+    elif evidence.is_on():
+        return  # the lines were run outside of the step that fails
     elif wide == total and "c-kbit" in evidence.signs:
         yield Says("kbit-prep", 2 * POINTS, why)
     elif training or evidence.stage("train") or evidence.stage("eval"):
@@ -248,9 +253,9 @@ CHECKED = re.compile(
 def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     """Where mixed precision is on, only a call beside the training step lies outside autocast."""
     why = noted("Mixed precision is on, and nothing says that the call lies outside of it.")
-    if evidence.has("removed") and evidence.stage("train"):
+    if evidence.has("removed"):
         why = evidence.signs["c-removed"].entry["means"]
-        yield Says("missing-autocast", POINTS, why)
+        yield Says("missing-autocast", POINTS if evidence.stage("train") else 3, why)
     elif evidence.is_on() and not (
         evidence.stage("eval") or evidence.has("loop") or evidence.has("outside")
     ):

@@ -51,6 +51,7 @@ PROGRAMS = (
     "inputs back to",
     "cast back the input",
     "but the current dype",
+    "dtype-doctor:",
 )
 _SUBJECT = re.compile("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
 _REMEDY = re.compile("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
@@ -65,7 +66,7 @@ _HALF = re.compile(
 _EVERY = re.compile(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
 _WORKS = re.compile(
     r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
-    r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpass(?:es|ed)?\b|\bgo(?:es)? through\b"
+    r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
     r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通"
 )
 # What is said when a remedy has worked, and seldom of anything else.

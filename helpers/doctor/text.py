@@ -5,7 +5,7 @@ from typing import Union
 from helpers.doctor import rules
 from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Diagnosis, Shown
-from helpers.doctor.evidence import Evidence, read
+from helpers.doctor.evidence import Evidence, guarded, read
 from helpers.doctor.remedies import remedies
 from helpers.doctor.words import noted, say, spoken
 
@@ -25,15 +25,15 @@ def diagnose_text(text: "Union[str, bytes]") -> Diagnosis:
     """What a pasted text shows: a traceback, a log, a post, in any state. Nothing in it is run."""
     evidence = read(text)
     verdict = rules.judge(evidence)
-    fixes = remedies(verdict.cause, evidence) if verdict.cause else ()
+    fixes = guarded((), remedies, verdict.cause, evidence) if verdict.cause else ()
     return Diagnosis(
         cause=verdict.cause,
         certain=verdict.certain,
         candidates=verdict.candidates,
         ruled_out=verdict.ruled_out,
-        evidence=tuple(_shown(verdict, evidence)),
+        evidence=guarded((), _shown, verdict, evidence),
         fixes=fixes,
-        next_check=_next_check(verdict),
+        next_check=_next_check(verdict, evidence),
         is_failure=verdict.is_failure,
         summary=_summary(verdict),
         looks_like=_looks_like(verdict, evidence),
@@ -44,9 +44,21 @@ def diagnose_text(text: "Union[str, bytes]") -> Diagnosis:
 def _looks_like(verdict: rules.Verdict, evidence: Evidence) -> str:
     if verdict.kind == "foreign":
         return say(FOREIGN[verdict.used[-1].entry["what"]])
-    if verdict.kind == "other":
+    if verdict.kind == "other" and evidence.raised:
         return say("It ended in another error:") + " " + evidence.raised[-1]
+    if verdict.kind == "ours":
+        after = _after(verdict, evidence)
+        return say("It shows another problem, too:") + " " + after if after else ""
+    if verdict.kind == "nothing" and not evidence.letters:
+        return say("There is no text: paste the traceback, and what you write about it.")
     return ""
+
+
+def _after(verdict: rules.Verdict, evidence: Evidence) -> str:
+    """What went wrong behind the error that is diagnosed, if it is known."""
+    last = max((sign.last for sign in verdict.used if sign.kind == "error"), default=0)
+    behind = [sign for sign in evidence.signs.values() if sign.kind == "foreign" and sign.at > last]
+    return say(FOREIGN[behind[-1].entry["what"]]) if behind else ""
 
 
 KINDS = {
@@ -61,7 +73,7 @@ KINDS = {
 }
 
 
-def _shown(verdict: rules.Verdict, evidence: Evidence) -> "list[Shown]":
+def _shown(verdict: rules.Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
     found = [
         Shown(say(KINDS[sign.kind]), sign.text, say(sign.entry["means"])) for sign in verdict.used
     ]
@@ -74,7 +86,7 @@ def _shown(verdict: rules.Verdict, evidence: Evidence) -> "list[Shown]":
                 found.append(Shown(say(KINDS["prose"]), said.why.strip(), means))
             elif say(said.why) not in texts:
                 found.append(Shown(say("what follows"), say(said.why), means))
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
 def _summary(verdict: rules.Verdict) -> str:
@@ -85,15 +97,25 @@ def _summary(verdict: rules.Verdict) -> str:
     return say("This is not a dtype problem of FlashAttention.")
 
 
-def _next_check(verdict: rules.Verdict) -> str:
-    return "" if verdict.cause or not verdict.candidates else check(verdict.candidates)
+def _next_check(verdict: rules.Verdict, evidence: Evidence) -> str:
+    if verdict.cause or not verdict.candidates:
+        return ""
+    checks = load("checks.json")
+    if evidence.has("checked") and set(checks["works"]) <= set(verdict.candidates):
+        lines = checks["adapter"]  # the weights are known, and do not tell
+        return _explained(lines, {label: checks["works"][label] for label in checks["works"]})
+    return check(verdict.candidates)
 
 
 def check(labels: "tuple[str, ...]") -> str:
     """Lines that tell labels apart, with what each of them would show."""
     checks = load("checks.json")
-    how = [f"# {label}: {say(checks['shows'][label])}" for label in labels]
-    return "\n".join([say(checks["code"][0]), *checks["code"][1:], *how])
+    return _explained(checks["code"], {label: checks["shows"][label] for label in labels})
+
+
+def _explained(lines: "list[str]", shows: "dict[str, str]") -> str:
+    how = [f"# {label}: {say(means)}" for label, means in shows.items()]
+    return "\n".join([say(lines[0]), *lines[1:], *how])
 
 
 def title(label: str) -> str:
