@@ -181,7 +181,7 @@ def test_the_failing_example_fails_with_its_own_message(label, tmp_path, monkeyp
     assert str(error).startswith(message)
     assert takes_it_for("".join(traceback.format_exception(error)), label)
     live = why(error)
-    expected = [IN_THE_WORDS_OF.get(label, label)] if label != "unknown-from-text" else []
+    expected = [label] if label != "unknown-from-text" else []
     assert ([live.cause] if live.certain else []) == expected
     assert live.certain or "not seen" in [one.what for one in live.evidence]
 

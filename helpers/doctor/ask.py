@@ -64,7 +64,7 @@ def _of_model(model: Any, inputs: Any) -> Diagnosis:
     if found.ok is None:
         unseen = say("What happens behind the line that stopped.")
         evidence.append(Shown(say("not seen"), unseen, ""))
-    if "dtype-refused" not in read(text).signs:
-        return told._replace(evidence=(*told.evidence, *evidence))
     origin = live.by_origin(seen, found.first_float32)
-    return live.decided(told, origin, evidence, live.with_versions(read("")))
+    if "dtype-refused" in read(text).signs or live.is_input(told, origin):
+        return live.decided(told, origin, evidence, live.with_versions(read("")))
+    return told._replace(evidence=(*told.evidence, *evidence))

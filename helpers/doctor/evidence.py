@@ -99,6 +99,10 @@ class Evidence(NamedTuple):
         cured = self.says("works with", "flag")  # it was not, before
         return self.has("on") and not (self.has("unsure") or self.has("removed") or cured)
 
+    def stands_in(self) -> bool:
+        """Whether the guide's reference kernel refused, which needs no package and no GPU."""
+        return any("reference_kernel" in file for file, _ in self.frames)
+
     def stage(self, name: str) -> bool:
         """Whether something says that this was training ("train"), inference or evaluation."""
         if name == "train" and self.has("untrained"):

@@ -40,7 +40,7 @@ class Seen(NamedTuple):
         trains: whether a trainer's frame is there, or the model has been trained.
         evaluates: whether a frame of an evaluation or a callback is there.
         autocast: "on", "off", or "" where the frames do not tell.
-        prepares: whether code of a frame knows prepare_model_for_kbit_training.
+        prepares: whether code of a frame calls prepare_model_for_kbit_training.
     """
 
     stations: "tuple[Station, ...]"
@@ -80,7 +80,7 @@ def look(tb: "Optional[TracebackType]") -> Seen:
         function = code.co_name
         trains = trains or function in ("training_step", "_inner_training_loop")
         evaluates = evaluates or function.startswith("on_") or function in BESIDE
-        prepares = prepares or PREPARE in frame.f_globals
+        prepares = prepares or _calls(code, PREPARE)
         autocast = _autocast(frame) or autocast
         file = code.co_filename.replace("\\", "/")
         if any(part in file for part in MACHINERY) or in_kernel:
@@ -126,6 +126,18 @@ def _stations(frame: FrameType, owner: str) -> Iterator[Station]:
         if isinstance(value, torch.dtype) and value.is_floating_point and count < MOST:
             count += 1
             yield Station(owner, code.co_name, name, str(value).partition(".")[2])
+
+
+def _calls(code: CodeType, name: str) -> bool:
+    """Whether code uses a name, and does not only import it."""
+    if name not in code.co_names:
+        return False
+    import dis
+
+    return any(
+        step.argval == name and step.opname.startswith("LOAD_")
+        for step in dis.get_instructions(code)
+    )
 
 
 def _used(code: CodeType) -> "set[str]":

@@ -33,6 +33,7 @@ class Cause(NamedTuple):
     labels: "tuple[str, ...]"
     because: str
     unseen: str = ""
+    cast: bool = False  # the model was cast after it was loaded
 
 
 def why(error: "Optional[BaseException]" = None, *, language: "Optional[str]" = None) -> Diagnosis:
@@ -70,9 +71,16 @@ def diagnose_exception(error: BaseException) -> Diagnosis:
         return by_text
     seen = look(error.__traceback__)
     evidence = read(text)
-    if "dtype-refused" not in evidence.signs:
-        return by_text._replace(evidence=(*by_text.evidence, *shown(seen)))
-    return decided(by_text, cause(seen), shown(seen), with_versions(evidence))
+    found = cause(seen)
+    if "dtype-refused" in evidence.signs or is_input(by_text, found):
+        return decided(by_text, found, shown(seen), with_versions(evidence))
+    return by_text._replace(evidence=(*by_text.evidence, *shown(seen)))
+
+
+def is_input(by_text: Diagnosis, found: "Optional[Cause]") -> bool:
+    """Whether a matmul of two dtypes failed because of an input, on its way to the kernel."""
+    ends = by_text.cause == "matmul-dtype-mismatch"
+    return ends and found is not None and found.labels == ("inputs-fp32",)
 
 
 def decided(
@@ -102,7 +110,7 @@ def decided(
     return told._replace(
         cause=label,
         certain=True,
-        fixes=remedies(label, evidence),
+        fixes=remedies(label, evidence, cast=found.cast),
         next_check="",
         summary=title(label),
     )
@@ -162,13 +170,13 @@ def _all_float32(seen: Seen, quantised: bool) -> Cause:
         because = say("The weights are float32 and v is half, so autocast is on; q is float32.")
         return Cause(("upcast-module",), because)
     if seen.evaluates or seen.trains:
-        because = say("All weights are float32, and they are trained.")
+        because = say("All weights are float32, and the model is in training or beside it.")
         return Cause(("missing-autocast",), because)
     if declared(seen.model) not in HALF:
         return Cause(("weights-fp32",), say("All weights are float32."))
     because = say("All weights are float32, though the config says half: they were cast later.")
     if any(p.requires_grad for p in seen.model.parameters()):
-        return Cause(("weights-fp32",), because)
+        return Cause(("weights-fp32",), because, cast=True)
     if seen.prepares:
         known = say("They are frozen, and the code calls prepare_model_for_kbit_training.")
         return Cause(("kbit-prep",), f"{because} {known}")
@@ -195,7 +203,7 @@ def _half(seen: Seen, dtypes: "dict[str, set[str]]", quantised: bool) -> "Option
             because = say(
                 "Projections and norms of {module} return half: what stands between them and the"
                 " kernel returns float32."
-            ).format(module=seen.module)
+            ).format(module=seen.module or type(seen.inner).__name__)
             return Cause(("upcast-module",), because)
     left = ["upcast-module"]
     left += ["adapter-fp32"] if FLOAT32 in dtypes.get("adapter", ()) else []

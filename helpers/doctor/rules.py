@@ -156,7 +156,8 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
         points["weights-fp32"] = max(less, 0)
     order = _usual(evidence)
     ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
-    proven = BEFORE_DTYPE if error.entry.get("cause") == "headline" else LOADED
+    proven: tuple[str, ...] = BEFORE_DTYPE if error.entry.get("cause") == "headline" else LOADED
+    proven = () if evidence.stands_in() else proven
     out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
     used = tuple(one for one in signs if one is error or SPEAKS & one.entry.keys())
     lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0

@@ -5,7 +5,7 @@ from typing import Union
 from helpers.doctor import rules
 from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Diagnosis, Shown
-from helpers.doctor.evidence import Evidence, guarded, read
+from helpers.doctor.evidence import Evidence, Sign, guarded, read
 from helpers.doctor.remedies import remedies
 from helpers.doctor.words import noted, say, spoken
 
@@ -75,7 +75,8 @@ KINDS = {
 
 def _shown(verdict: rules.Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
     found = [
-        Shown(say(KINDS[sign.kind]), sign.text, say(sign.entry["means"])) for sign in verdict.used
+        Shown(say(KINDS[sign.kind]), sign.text, say(_means(sign, evidence)))
+        for sign in verdict.used
     ]
     texts = {one.means for one in found}
     for said in verdict.said:  # rules over calls and sentences, whose words are their reason
@@ -87,6 +88,16 @@ def _shown(verdict: rules.Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
             elif say(said.why) not in texts:
                 found.append(Shown(say("what follows"), say(said.why), means))
     return tuple(dict.fromkeys(found))
+
+
+def _means(sign: Sign, evidence: Evidence) -> str:
+    if sign.id == "dtype-refused" and evidence.stands_in():
+        return noted(
+            "The guide's reference kernel, which makes FlashAttention's checks on a CPU, got a q"
+            " that is neither float16 nor bfloat16."
+        )
+    means: str = sign.entry["means"]
+    return means
 
 
 def _summary(verdict: rules.Verdict) -> str:
