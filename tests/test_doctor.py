@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -345,6 +346,23 @@ def test_how_a_file_was_written_changes_nothing(carry):
     was, now = diagnose_text(text), diagnose_text(carry(text))
     assert was.cause == "missing-autocast"
     assert (now.cause, now.ruled_out) == (was.cause, was.ruled_out)
+
+
+def hard_wrapped(text):
+    return "\n".join(line[i : i + 72] for line in text.split("\n") for i in range(0, len(line), 72))
+
+
+def soft_wrapped(text):
+    return "\n".join(textwrap.fill(line, 72) for line in text.split("\n"))
+
+
+@pytest.mark.parametrize("wrap", [hard_wrapped, soft_wrapped])
+def test_a_sentence_that_was_wrapped_is_read_to_its_end(wrap):
+    told = (
+        "We looked at it for two days now, and when we finally printed all of them one by one we"
+        " found that what the q_norm of the attention in this model returns is float32."
+    )
+    assert diagnose_text(f"{wrap(told)}\n{HEADLINE}").cause == "upcast-module"
 
 
 def test_an_error_behind_the_one_that_is_diagnosed_is_named():

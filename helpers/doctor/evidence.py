@@ -150,6 +150,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
         flat = TORCH.sub("", flat) if "torch." in flat else flat
         letters = letters or bool(compact)
         edge = at < EDGE or at > len(text) - EDGE
+        flat = statements.unwrapped(flat) if edge else flat
         for entry in load("signs.json")["signs"]:
             known = signs.get(entry["id"])
             if (known or not edge) and entry["kind"] in ("prose", "code"):

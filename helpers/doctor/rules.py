@@ -45,7 +45,16 @@ PROVEN = {  # what an error proves besides its cause: it comes from inside the p
 }
 
 
-SPEAKS = {"for", "against", "on", "off", "checked"}  # what a sign that is shown has
+SPEAKS = {
+    "for",
+    "against",
+    "on",
+    "off",
+    "removed",
+    "quantised",
+    "lora",
+    "checked",
+}  # what a sign that is shown has
 
 
 class Says(NamedTuple):

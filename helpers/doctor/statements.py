@@ -147,6 +147,33 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
     return found, count
 
 
+def unwrapped(flat: str) -> str:
+    """A text without the line breaks of a mail or a terminal of up to WIDEST columns."""
+    lines = flat.split("\n")
+    width = max(map(len, lines))
+    if not NARROWEST <= width <= WIDEST:
+        return flat
+    hard = sum(len(line) == width for line in lines) > 1  # cut wherever the width was reached
+    joined, before = lines[:1], lines[0]
+    for line in lines[1:]:
+        prose = hard if len(before) == width else before.count(" ") > 4
+        full = prose and len(before) > width - 16 and line[:1].strip()
+        if (
+            full
+            and not line.startswith(STARTS)
+            and not before.endswith((".", ":", "{", "(", "[", ",", "\\"))
+        ):
+            joined[-1] += ("" if len(before) == width else " ") + line
+        else:
+            joined.append(line)
+        before = line
+    return "\n".join(joined)
+
+
+NARROWEST, WIDEST = 40, 120
+STARTS = ("-", "*", ">", "#", "file ", "traceback", "`", "|", "+")
+
+
 def _sentences(flat: str) -> Iterator[str]:
     before = ""
     for line in flat.split("\n"):

@@ -77,6 +77,7 @@ def _shown(verdict: rules.Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
     found = [
         Shown(say(KINDS[sign.kind]), sign.text, say(_means(sign, evidence)))
         for sign in verdict.used
+        if sign.id != "p-bf16-set" or "c-on" not in evidence.signs  # the same line, twice
     ]
     texts = {one.means for one in found}
     for said in verdict.said:  # rules over calls and sentences, whose words are their reason
