@@ -359,9 +359,10 @@ def soft_wrapped(text):
 @pytest.mark.parametrize("wrap", [hard_wrapped, soft_wrapped])
 def test_a_sentence_that_was_wrapped_is_read_to_its_end(wrap):
     told = "We printed all of them, one by one, and in the end found that the q_norm gives float32."
-    assert "q_norm" in wrap(told).split("\n")[0]
-    assert "float32" in wrap(told).split("\n")[1]
-    assert diagnose_text(f"{wrap(f'{told} ' * 3)}\n{HEADLINE}").cause == "upcast-module"
+    text = wrap("We tried " * 16 + told)  # two lines that are full, before the sentence
+    assert "q_norm" in text.split("\n")[2]
+    assert "float32" in text.split("\n")[3]
+    assert diagnose_text(f"{text}\n{HEADLINE}").cause == "upcast-module"
 
 
 def test_an_error_behind_the_one_that_is_diagnosed_is_named():
