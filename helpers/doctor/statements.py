@@ -156,14 +156,11 @@ def unwrapped(flat: str) -> str:
     hard = sum(len(line) == width for line in lines) > 1  # cut wherever the width was reached
     joined, before = lines[:1], lines[0]
     for line in lines[1:]:
-        prose = hard if len(before) == width else before.count(" ") > 4
-        full = prose and len(before) > width - 16 and line[:1].strip()
-        if (
-            full
-            and not line.startswith(STARTS)
-            and not before.endswith((".", ":", "{", "(", "[", ",", "\\"))
-        ):
-            joined[-1] += ("" if len(before) == width else " ") + line
+        cut = hard and len(before) == width
+        prose = before.count(" ") > 4 and "error:" not in before and line[:1].strip()
+        full = cut or (prose and len(before) > width - 16)
+        if full and not line.startswith(STARTS) and not before.endswith(ENDS):
+            joined[-1] += ("" if cut else " ") + line
         else:
             joined.append(line)
         before = line
@@ -171,6 +168,7 @@ def unwrapped(flat: str) -> str:
 
 
 NARROWEST, WIDEST = 40, 120
+ENDS = (".", ":", "{", "(", "[", ",", "\\")
 STARTS = ("-", "*", ">", "#", "file ", "traceback", "`", "|", "+")
 
 
