@@ -15,13 +15,23 @@ STYLE_TAG = f"<style>{STYLE}</style>"
 State = Literal["good", "bad", "warn", "idle"]
 
 
-def verdict_html(state: State, head: str, sentence: str, is_code: bool = False) -> str:
-    """The headline: a mark and a word, then a sentence or the message of an error."""
+def verdict_html(
+    state: State, head: str, sentence: str, is_code: bool = False, mark: str = "", level: int = 0
+) -> str:
+    """The headline: a mark and a word, then a sentence or the message of an error. ``mark`` is for
+    the eye only: the words say the same."""
     tag = "code" if is_code else "span"
+    sign = f'<span aria-hidden="true">{escape(mark)}</span> ' if mark else ""
     return (
-        f'<p class="dg-verdict dg-{state}"><strong>{escape(head)}</strong>'
+        f'<p class="dg-verdict dg-{state}"{heading(level)}><strong>{sign}{escape(head)}</strong>'
         f" <{tag}>{escape(sentence)}</{tag}></p>"
     )
+
+
+def heading(level: int) -> str:
+    """Attributes of a heading; none for level 0. Not h1 to h6, which JupyterLab would style, and
+    would list in its table of contents where they are stored in an output."""
+    return f' role="heading" aria-level="{level}"' if level else ""
 
 
 def status_html(seen: str, spoken: str = "") -> str:
@@ -55,12 +65,16 @@ def pre_html(label: str, text: str) -> str:
     return f'<pre tabindex="0" role="group" aria-label="{escape(label)}">{code}</pre>'
 
 
-def snippet_html(title: str, label: str, text: str, copy: str = "Copy") -> str:
+def snippet_html(
+    title: str, label: str, text: str, copy: str = "Copy", name: str = "", level: int = 0
+) -> str:
     """Lines with a copy button, which stays hidden until panel.js is there to serve it. JupyterLab
-    would take a bare ``hidden`` away while it does not trust the notebook."""
+    would take a bare ``hidden`` away while it does not trust the notebook. ``name`` tells the
+    button from others on the page."""
+    named = f' aria-label="{escape(name)}"' if name else ""
     return (
-        f'<div class="dg-snippet"><div class="dg-bar"><span>{escape(title)}</span>'
-        f'<button type="button" class="dg-copy" hidden="hidden">{escape(copy)}</button>'
+        f'<div class="dg-snippet"><div class="dg-bar"><span{heading(level)}>{escape(title)}</span>'
+        f'<button type="button" class="dg-copy"{named} hidden="hidden">{escape(copy)}</button>'
         '<span class="dg-copied" role="status"></span></div>'
         f"{pre_html(label, text)}</div>"
     )

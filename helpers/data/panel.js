@@ -8,19 +8,28 @@
     // In command mode JupyterLab takes arrows and letters from a focused control, unless the
     // control itself (not an ancestor) says so; ipywidgets says so on none.
     target.setAttribute("data-lm-suppress-shortcuts", "true");
-    // The text of a live region is spoken when it changes; one that is new on the page is not.
-    own.querySelector(".dg-status")?.setAttribute("role", "status");
-    const hint = own.querySelector(".dg-hint");
-    if (hint && target.matches("textarea")) {
-      hint.id ||= `dg-hint-${target.id}`;
-      target.setAttribute("aria-describedby", hint.id);
+  });
+
+  // What ipywidgets cannot say of its widgets. It draws a panel in pieces, and again when the cell
+  // has moved; the text of a live region is spoken when it changes, not when it is new on the page.
+  const prepare = (panel) => {
+    const [status, hint, area, run, known] = ["status", "hint", "form textarea", "run", "known span"]
+      .map((name) => panel.querySelector(`.dg-${name}`));
+    status?.setAttribute("role", "status");
+    if (known?.dataset.lang) panel.lang = known.dataset.lang;
+    if (hint && area) {
+      hint.id ||= `dg-hint-${area.id}`;
+      area.setAttribute("aria-describedby", hint.id);
     }
-    if (target.matches(".dg-run:not([aria-disabled])")) {
-      const follow = () => target.setAttribute("aria-disabled", target.classList.contains("dg-busy"));
-      new MutationObserver(follow).observe(target, { attributeFilter: ["class"] });
+    if (run && !run.hasAttribute("aria-disabled")) {
+      const follow = () => run.setAttribute("aria-disabled", run.classList.contains("dg-busy"));
+      new MutationObserver(follow).observe(run, { attributeFilter: ["class"] });
       follow();
     }
-  });
+  };
+  const drawn = () => document.querySelectorAll(".dg-panel").forEach(prepare);
+  new MutationObserver(drawn).observe(document.body, { subtree: true, childList: true });
+  drawn();
 
   // Adler-32 of a text in UTF-16, as digest() of style.py.
   const digest = (text) => {
@@ -51,15 +60,16 @@
   const status = (panel) => panel.querySelector(".dg-status .widget-html-content");
 
   // A message to the kernel has a largest size, beyond which the connection breaks, and no halves
-  // of a character may be in it. What went wrong stands at the end of a log.
+  // of a character may be in it. As _ends() of the doctor's panel.
   document.addEventListener("input", ({ target }) => {
     const panel = target.closest?.(".dg-panel");
     if (!panel || !target.matches("textarea")) return;
-    const { most, cut } = words(panel);
-    const is_long = target.value.length > most;
-    const end = is_long ? target.value.slice(-most) : target.value;
-    const whole = end.toWellFormed?.() ?? end;
-    if (whole !== target.value) target.value = whole;
+    const { most, half, gap, cut } = words(panel);
+    const { value } = target;
+    const is_long = value.length > most;
+    const ends = is_long ? `${value.slice(0, half)}\n${gap}\n${value.slice(-half)}` : value;
+    const whole = ends.toWellFormed?.() ?? ends;
+    if (whole !== value) target.value = whole;
     if (is_long) status(panel).textContent = cut;
   }, true);
 
@@ -85,9 +95,10 @@
     }
   }, true);
 
-  // The panel keeps all keys, so it needs a way back to the notebook.
+  // A panel and a card keep all keys, so they need a way back to the notebook.
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") event.target.closest?.(".dg-panel")?.closest(".jp-Cell")?.focus();
+    const own = event.key === "Escape" && event.target.closest?.(".dg-panel, .dg-outcome");
+    if (own) own.closest(".jp-Cell")?.focus();
   });
 
   const copy = async (text) => {

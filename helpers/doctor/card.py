@@ -15,11 +15,16 @@ from helpers.doctor.words import say
 
 LONGEST = 1_000  # characters of one quoted line
 SHARED = 20_000  # characters of the pasted text that go into the block for a bug report
+# Levels of headings. The sections of a notebook have 2, and a cause's page stands below an answer.
+ANSWER, SECTION = 3, 4
 
 
-def html(diagnosis: Diagnosis, text: str = "") -> str:
-    """The whole answer. With the pasted text there is also a block for a bug report."""
+def html(diagnosis: Diagnosis, text: str = "", note: str = "") -> str:
+    """The whole answer. With the pasted text there is also a block for a bug report; ``note`` is
+    what has to be known of that text."""
     parts = [headline(diagnosis)]
+    if note:
+        parts.append(f"<p><strong>{escape(note)}</strong></p>")
     if diagnosis.looks_like:
         parts.append(f"<p>{escape(diagnosis.looks_like)}</p>")
     if diagnosis.cause is None:
@@ -28,38 +33,57 @@ def html(diagnosis: Diagnosis, text: str = "") -> str:
         parts.append(_title(say("What shows it:")))
         parts.append(_list(map(_shown, diagnosis.evidence)))
     if diagnosis.ruled_out:
-        ruled_out = ", ".join(diagnosis.ruled_out)
-        parts.append(f"<p><strong>{escape(say('Ruled out:'))}</strong> {escape(ruled_out)}</p>")
+        title = f"<strong{style.heading(SECTION)}>{escape(say('Ruled out:'))}</strong>"
+        parts.append(f"<p>{title} {escape(', '.join(diagnosis.ruled_out))}</p>")
     if diagnosis.next_check:
-        parts.append(_code(say("To tell them apart:"), diagnosis.next_check))
+        title = say("To tell them apart:")
+        parts.append(_code(title, title.rstrip(":\uff1a"), diagnosis.next_check))
     parts += [_fix(number, fix) for number, fix in enumerate(diagnosis.fixes, 1)]
     if diagnosis.cause:
         name = diagnosis.cause
         parts.append(_more(name, f"{say('More:')} dtype-doctor explain {name}"))
     if text:
         block = share.block(diagnosis, text[-SHARED:])
-        parts.append(
-            style.details_html(
-                say("Share: a block for a bug report"),
-                _code(say("Without tokens, home folders, host names and e-mail addresses"), block),
-            )
-        )
-    return f'<div class="dg-outcome">{"".join(parts)}</div>'
+        title = say("Without tokens, home folders, host names and e-mail addresses")
+        name = say("Share: a block for a bug report")
+        parts.append(style.details_html(name, _code(title, name, block)))
+    label = escape(say("Diagnosis"))
+    return f'<div class="dg-outcome" role="region" aria-label="{label}">{"".join(parts)}</div>'
 
 
 def headline(diagnosis: Diagnosis) -> str:
-    """The mark and the cause, or the mark and a sentence."""
+    """The mark, the same in a word, and the cause or a sentence."""
+    state, outcome = _outcome(diagnosis)
     mark, _, words = plain.headline(diagnosis).partition(" ")
-    if diagnosis.cause is None:
-        return style.verdict_html(_state(diagnosis), mark, words)
-    label, _, sentence = words.partition(": ")
-    return style.verdict_html(_state(diagnosis), f"{mark} {label}:", sentence)
+    label, _, sentence = words.partition(": ") if diagnosis.cause else ("", "", words)
+    head = outcome.format(what=f"{label}:" if label else "").strip()
+    return style.verdict_html(state, head, sentence, mark=mark, level=ANSWER)
 
 
-def _state(diagnosis: Diagnosis) -> style.State:
+def spoken(diagnosis: Diagnosis) -> str:
+    """The outcome in words, without a mark, and what follows: for a screen reader."""
+    what = plain.headline(diagnosis).partition(" ")[2]
+    if diagnosis.cause is None and diagnosis.candidates:
+        *others, last = diagnosis.candidates
+        what = say("{some} or {last}.").format(some=", ".join(others), last=last)
+        what = what if others else last
+    said = [_outcome(diagnosis)[1].format(what=what), diagnosis.looks_like]
+    if diagnosis.fixes:
+        said.append(say("Fixes that follow: {number}.").format(number=len(diagnosis.fixes)))
+    elif diagnosis.next_check:
+        said.append(say("Lines that tell them apart follow."))
+    return " ".join(filter(None, said))
+
+
+def _outcome(diagnosis: Diagnosis) -> "tuple[style.State, str]":
+    """The colour, and the same as a template of words that ends with what it is."""
+    if diagnosis.cause is None and diagnosis.candidates:
+        return "warn", say("Undecided: {what}")
     if diagnosis.cause is None:
-        return "warn" if diagnosis.candidates else "idle"
-    return "bad" if diagnosis.is_failure else "good"
+        return "idle", say("Not ours: {what}")
+    if diagnosis.is_failure:
+        return "bad", say("Failure: {what}")
+    return "good", say("No failure: {what}")
 
 
 def _shown(shown: Shown) -> str:
@@ -70,7 +94,7 @@ def _shown(shown: Shown) -> str:
 
 def _fix(number: int, fix: Fix) -> str:
     title = plain.heading(number, fix)
-    return _code(title, fix.code) if fix.code else f"<p>{escape(title)}</p>"
+    return _code(title, fix.title, fix.code) if fix.code else _title(title)
 
 
 def _more(label: str, summary: str) -> str:
@@ -101,7 +125,7 @@ def _blocks(markdown: str) -> Iterator[str]:
 def _paragraph(line: str) -> str:
     marks, _, words = line.partition(" ")
     if set(marks) == {"#"}:
-        return f'<p class="dg-title">{_inline(words)}</p>'
+        return _heading(_inline(words), SECTION - 1 + len(marks))
     return f"<p>{_inline(line)}</p>"
 
 
@@ -112,7 +136,11 @@ def _inline(line: str) -> str:
 
 
 def _title(words: str) -> str:
-    return f'<p class="dg-title">{escape(words)}</p>'
+    return _heading(escape(words), SECTION)
+
+
+def _heading(inside: str, level: int) -> str:
+    return f'<p class="dg-title"{style.heading(level)}>{inside}</p>'
 
 
 def _list(items: Iterator[str]) -> str:
@@ -120,5 +148,8 @@ def _list(items: Iterator[str]) -> str:
     return f'<ul class="dg-list">{lines}</ul>' if lines else ""
 
 
-def _code(title: str, code: str) -> str:
-    return style.snippet_html(title, say("Lines to copy"), code, say("Copy"))
+def _code(title: str, name: str, code: str) -> str:
+    """Lines below a title; ``name`` tells them and their button from the others."""
+    label = say("Lines to copy: {title}").format(title=name)
+    button = say("Copy: {title}").format(title=name)
+    return style.snippet_html(title, label, code, say("Copy"), button, SECTION)

@@ -5,14 +5,15 @@ from typing import Any, Optional, Union
 import ipywidgets as widgets
 
 from helpers import controls, style
-from helpers.doctor import card, plain, words
+from helpers.doctor import card, words
 from helpers.doctor.diagnosis import Diagnosis
 from helpers.doctor.text import diagnose_text
 from helpers.doctor.words import say
 
-# Characters that are read, from the end of the text. Jupyter's connection takes messages of 10 MB
-# (jupyter_server's websocket_max_message_size), and a character may have four bytes.
+# Characters that are read. Jupyter's connection takes messages of 10 MB (jupyter_server's
+# websocket_max_message_size), and a character may have four bytes.
 MOST = 1_000_000
+HALF = 499_900  # of each end of a longer text; with the line between them it is no longer too long
 LANGUAGES = (("English", "en"), ("中文", "zh-CN"))
 
 
@@ -22,7 +23,8 @@ class DoctorPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no type
     def __init__(self, text: str, language: str) -> None:
         self.diagnosis: Optional[Diagnosis] = None
         self.hint = controls.line("", "dg-hint")
-        self.text = widgets.Textarea(value=_end(text), continuous_update=False)
+        with words.speaking(language):
+            self.text = widgets.Textarea(value=_ends(text), continuous_update=False)
         self.language = widgets.Dropdown(options=LANGUAGES, value=language)
         self.button = controls.run_button("")
         self.known = controls.line("", "dg-known")
@@ -60,11 +62,14 @@ class DoctorPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no type
     def _know(self, _change: Any = None) -> None:
         # ipywidgets lets a press of the button overtake what was pasted just before it; panel.js
         # holds the press back until the kernel knows what the page shows.
-        with words.speaking(self.language.value):
+        with words.speaking(self.language.value) as language:
             self.known.value = style.known_html(
                 (style.digest(self.text.value), self.language.label),
+                lang=language,
                 most=str(MOST),
-                cut=say("That is long: the last million characters are kept."),
+                half=str(HALF),
+                gap=_gap(),
+                cut=say("That is long: its first and last half million characters are kept."),
                 waiting=say("Waiting for the kernel ..."),
                 gone=say("The kernel was restarted: run this notebook again from the top."),
                 copied=say("Copied."),
@@ -88,19 +93,23 @@ class DoctorPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no type
 
 
 def answer(text: str) -> "tuple[Optional[Diagnosis], str, str]":
-    """The diagnosis of a text, as HTML, and its headline. No exception comes out of it."""
-    content = _end(text)
+    """The diagnosis of a text, as HTML, and what is said of it. No exception comes out of it."""
+    content = _ends(text)
     try:
         if not content.strip():
             sentence = say("There is no text yet: paste a traceback into the box, then Diagnose.")
-            return None, style.verdict_html("idle", "-", sentence), sentence
+            return None, style.verdict_html("idle", "", sentence, mark="-"), sentence
         diagnosis = diagnose_text(content)
-        return diagnosis, card.html(diagnosis, content), plain.headline(diagnosis)
+        note = ""
+        if _is_cut(content):
+            note = say("Only the first and the last half million characters of the text were read.")
+        spoken = f"{card.spoken(diagnosis)} {note}".strip()
+        return diagnosis, card.html(diagnosis, content, note), spoken
     except (Exception, KeyboardInterrupt) as error:
         sentence = say("The doctor could not read this text ({error}): please report it.").format(
             error=type(error).__name__
         )
-        return None, style.verdict_html("bad", "✖", sentence), sentence
+        return None, style.verdict_html("bad", "", sentence, mark="✖"), sentence
 
 
 def doctor_panel(
@@ -124,7 +133,23 @@ def doctor_panel(
         return DoctorPanel(text, found)
 
 
-def _end(text: str) -> str:
-    """What is read of a text, as a text area holds it."""
-    whole = text[-MOST:].encode("utf-8", "replace").decode("utf-8")
+def _ends(text: str) -> str:
+    """What is read of a text, as a text area holds it: panel.js cuts what is pasted as this does.
+    People write at both ends of a log, and either may have the error."""
+    if len(text) > MOST:
+        text = f"{text[:HALF]}\n{_gap()}\n{text[-HALF:]}"
+    whole = text.encode("utf-8", "replace").decode("utf-8")
     return whole.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _gap() -> str:
+    """The line where the middle was."""
+    return f"[... {say('left out: what stood between the first and the last half million')} ...]"
+
+
+def _is_cut(text: str) -> bool:
+    for language in words.LANGUAGES:  # it may have been cut before another one was chosen
+        with words.speaking(language):
+            if _gap() in text:
+                return True
+    return False

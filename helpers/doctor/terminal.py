@@ -5,6 +5,7 @@ from rich.text import Text
 
 from helpers.doctor.diagnosis import Diagnosis
 from helpers.doctor.plain import lines
+from helpers.doctor.words import say
 
 
 def show(diagnosis: Diagnosis) -> None:
@@ -13,11 +14,13 @@ def show(diagnosis: Diagnosis) -> None:
     colour = "red" if diagnosis.is_failure else "green"
     if not diagnosis.cause:
         colour = "yellow"
+    heading = ""
     for number, line in enumerate(lines(diagnosis)):
         if number == 0:
             style = f"bold {colour}"
         elif line and not line.startswith(" "):
-            style = "bold"
-        else:
-            style = "dim" if line.startswith("      ") else ""
+            heading, style = line, "bold"
+        else:  # lines of code may be indented as far as what a piece of evidence means
+            is_meaning = heading == say("What shows it:") and line.startswith("      ")
+            style = "dim" if is_meaning else ""
         console.print(Text(line, style=style))
