@@ -28,10 +28,6 @@ Which one is yours? Paste the traceback, with what you write about it, into the 
 fail with its own message, and a mended one has to pass. An example that needs a GPU, or a broken
 installation, says that it was not run, and why.
 """
-EXAMPLES = (
-    "In the examples `checkpoints` is from this guide: `from helpers import backend, checkpoints`,"
-    " and `backend.activate()` where there is no GPU. Your own model's path does as well."
-)
 
 
 def main() -> None:
@@ -69,9 +65,8 @@ def index() -> str:
 def page(label: str) -> str:
     """A cause's page, on which the names of other causes are links."""
     text = _linked(catalogue.page(label), label)
-    notes = [EXAMPLES] if "checkpoints." in text else []
     up = "../" * len(FOLDER.parts)
-    return "\n\n".join([text, "---", *notes, f"[All causes]({up}{INDEX})"]) + "\n"
+    return "\n\n".join([text, "---", f"[All causes]({up}{INDEX})"]) + "\n"
 
 
 def _linked(text: str, own: str) -> str:

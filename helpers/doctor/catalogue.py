@@ -1,5 +1,6 @@
 """The page of each cause."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,18 @@ def entry(label: str) -> "dict[str, Any]":
     if label not in labels():
         raise KeyError(label)
     found: dict[str, Any] = load(f"causes/{label}.json")
+    return found
+
+
+def told(label: str) -> "dict[str, Any]":
+    """A cause as data, with its sentences in the language that is spoken."""
+
+    def spoken(data: Any) -> Any:
+        if isinstance(data, dict):
+            return {k: one if k == "code" else spoken(one) for k, one in data.items()}
+        return [spoken(one) for one in data] if isinstance(data, list) else say(data)
+
+    found: dict[str, Any] = spoken(entry(label))
     return found
 
 
@@ -46,8 +59,10 @@ def _sections(cause: "dict[str, Any]") -> "Iterator[tuple[str, list[str]]]":
     for name, heading in (("what", noted("What it is")), ("why", noted("Why it happens"))):
         yield heading, [say(cause[name])] if cause.get(name) else []
     yield noted("How to recognise it"), [f"- {say(one)}" for one in cause.get("recognise", ())]
-    yield noted("An example that fails"), _example(cause.get("failing") or {})
-    yield noted("The same, mended"), _example(cause.get("fixed") or {})
+    failing, fixed = cause.get("failing") or {}, cause.get("fixed") or {}
+    note_later = not _borrows(failing) and _borrows(fixed)
+    yield noted("An example that fails"), _example(failing, _borrows(failing))
+    yield noted("The same, mended"), _example(fixed, note_later)
     yield (
         noted("Fixes, and how safe they are"),
         [
@@ -75,7 +90,12 @@ def _sections(cause: "dict[str, Any]") -> "Iterator[tuple[str, list[str]]]":
     )
 
 
-def _example(example: "dict[str, Any]") -> "list[str]":
+def _borrows(example: "dict[str, Any]") -> bool:
+    """Whether an example takes something from this guide without saying so."""
+    return any(re.search(r"\b(?:checkpoints|backend)\.", line) for line in example.get("code", ()))
+
+
+def _example(example: "dict[str, Any]", note: bool) -> "list[str]":
     if not example.get("code"):
         return []
     lines = ["```python", *example["code"], "```"]
@@ -84,4 +104,10 @@ def _example(example: "dict[str, Any]") -> "list[str]":
     if example.get("why_not_run"):
         why = say(example["why_not_run"])
         lines += ["", say("Not run: {why}").format(why=why)]
+    if note:
+        known = say(
+            "Here `checkpoints` is from this guide (`from helpers import backend, checkpoints`, and"
+            " `backend.activate()` where there is no GPU): your own model's path does as well."
+        )
+        lines += ["", known]
     return lines
