@@ -8,8 +8,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from helpers.doctor.text import diagnose_text as diagnose
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+DOCTOR = ROOT / "notebooks" / "07_ask_the_doctor.ipynb"
 LESSONS = [path for path in NOTEBOOKS if not path.name.startswith("00")]
 # flash-attn's text, csrc/flash_attn/flash_api.cpp
 DTYPE_ERROR = ("RuntimeError", "FlashAttention only support fp16 and bf16 data type")
@@ -183,16 +186,28 @@ def test_the_models_of_notebook_06_are_named_right():
 # What the doctor has to make of the cases of notebook 07 and of what follows them, in its order:
 # whether anything failed, and the cause that the text was made with.
 DOCTORED = [
-    ("✖", "weights-fp32"),
     ("✖", "flash-attn-abi-mismatch"),
+    ("✖", "weights-fp32"),
     ("✔", "warning-benign"),
     ("✖", "missing-autocast"),
     ("✖", "kbit-prep"),
     ("?", "The text does not decide"),
+    ("✖", "missing-autocast"),  # the same, with what the check printed
     ("✖", "weights-fp32"),  # %why, after .float()
-    ("✖", "(inputs-fp32|matmul-dtype-mismatch)"),  # %why: float32 inputs_embeds meet a projection
+    ("✖", "inputs-fp32"),  # %why: float32 inputs_embeds
     ("-", "Nothing is wrong"),  # a bfloat16 model, before it fails
     ("✖", "weights-fp32"),  # and the float32 one
+]
+# The first fix that the prose speaks of, for each answer that prints one.
+FIRST_FIXES = [
+    "reinstall-matching-wheel",
+    "pass-dtype",
+    "ignore-warning",
+    "wrap-in-autocast",
+    "undo-kbit-upcast",
+    "enable-mixed-precision",
+    "pass-dtype",
+    "align-dtypes",
 ]
 
 
@@ -205,19 +220,42 @@ def said(cell):
 
 
 def test_the_doctor_of_notebook_07_is_right_about_every_case():
-    cells = code_cells(ROOT / "notebooks" / "07_ask_the_doctor.ipynb")
+    cells = code_cells(DOCTOR)
     asked = [cell for cell in cells if "diagnose(" in cell.source or "%why" in cell.source]
-    heads = re.findall(r"^([✖✔?-]) (\S.*)$", "\n".join(map(said, asked)), re.M)
+    answers = "\n".join(map(said, asked))
+    heads = re.findall(r"^([✖✔?-]) (\S.*)$", answers, re.M)
     assert len(heads) == len(DOCTORED)
     for (mark, words), (right, cause) in zip(heads, DOCTORED, strict=True):
         assert (mark, re.match(cause, words) is not None) == (right, True), words
+    assert re.findall(r"^Fix: .* \[([\w-]+)\]", answers, re.M) == FIRST_FIXES
+    assert "Take the cast to float32 out" in answers  # of %why after .float(): not another load
     undecided = next(said(cell) for cell in asked if said(cell).startswith("?"))
     assert "? missing-autocast" in undecided
     assert "Fix:" not in undecided
+    # The post in the panel, as its solution says: whole, and without its last sentence.
+    (post,) = re.findall(r'doctor_panel\("""(.*)"""\)', cells[-1].source, re.S)
+    whole, cut = diagnose(post), diagnose(post.rpartition("\n")[0])
+    assert (whole.cause, whole.certain) == ("upcast-module", True)
+    assert (cut.cause, cut.fixes) == (None, ())
+    assert "upcast-module" in cut.candidates
+    assert len(cut.candidates) > 1
+    assert cut.next_check
+
+
+def test_the_ways_out_of_case_5_of_notebook_07_were_measured():
+    cells = code_cells(DOCTOR)
+    (measured,) = (said(cell) for cell in cells if "replace(kbit" in cell.source)
+    ends = dict(re.findall(r"^([\w ,]+): +(works|fails)", measured, re.M))
+    assert ends == {
+        "without the preparation": "works",
+        "bf16 set, and prepared": "fails",
+        "the same, in autocast": "works",
+        "prepared, and cast back": "works",
+    }
 
 
 def test_each_case_of_notebook_07_is_asked_before_the_doctor_is():
-    cells = read(ROOT / "notebooks" / "07_ask_the_doctor.ipynb").cells
+    cells = read(DOCTOR).cells
     first = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Six cases"))
     last = next(i for i, cell in enumerate(cells) if "## In the session that failed" in cell.source)
     text = "\n".join(cell.source for cell in cells)
@@ -227,7 +265,8 @@ def test_each_case_of_notebook_07_is_asked_before_the_doctor_is():
     order = "".join(
         "Q" if cell.source.startswith("<details><summary>Question") else "D"
         for cell in cells[first:last]
-        if cell.source.startswith("<details><summary>Question") or "(diagnose(" in cell.source
+        if cell.source.startswith("<details><summary>Question")
+        or (cell.cell_type == "code" and "diagnose(case)" in cell.source)
     )
     assert order == "QD" * 6
     for cell in cells[first:last]:

@@ -41,8 +41,14 @@ CAUSE = [
 ]
 SENTENCES = {
     "signs": ["signs.*.means"],
-    "fixes": ["fixes.*.title", "fixes.*.safety", "fixes.*.versions", "fixes.*.code.*.*.#"],
-    "checks": ["code.0", "shows.*"],
+    "fixes": [
+        "fixes.*.title",
+        "fixes.*.titles.*",
+        "fixes.*.safety",
+        "fixes.*.versions",
+        "fixes.*.code.*.*.#",
+    ],
+    "checks": ["code.0", "shows.*", "adapter.0", "works.*"],
 }
 
 

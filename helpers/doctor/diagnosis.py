@@ -16,17 +16,20 @@ class Shown(NamedTuple):
 
 
 class Fix(NamedTuple):
-    """A remedy: its label, lines to paste, the versions they are for, and how safe it is."""
+    """A remedy: its label, lines to paste, the versions they are for, how safe it is, and which of
+    its forms in fixes.json the lines are."""
 
     label: str
     code: str
     versions: str
     safety: str
+    form: str = "default"
 
     @property
     def title(self) -> str:
         """What is to be done, in a few words."""
-        return say(load("fixes.json")["fixes"][self.label]["title"])
+        entry = load("fixes.json")["fixes"][self.label]
+        return say(entry.get("titles", {}).get(self.form) or entry["title"])
 
 
 class Diagnosis(NamedTuple):

@@ -1,7 +1,8 @@
 """Fixes as code for the person's versions, libraries and GPU."""
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Optional
 
 from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Fix
@@ -9,10 +10,19 @@ from helpers.doctor.evidence import Evidence, version
 from helpers.doctor.words import say
 
 
-def remedies(cause: str, evidence: Evidence) -> "tuple[Fix, ...]":
-    """The fixes of a cause, best first, without those that the evidence rules out."""
+def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fix, ...]":
+    """The fixes of a cause, best first, without those that the evidence rules out.
+
+    Args:
+        cause: its label.
+        evidence: of the text or the exception.
+        cast: whether the model is known to have been cast after it was loaded, also where the text
+            does not show it.
+    """
     labels = list(load("fixes.json")["for"].get(cause, ()))
-    if cause == "missing-autocast" and (beside(evidence) or evidence.has("loop")):
+    cast = cause == "weights-fp32" and (cast or "c-float-call" in evidence.signs)
+    was_on = {"warn-rescued", "rescue-float32"} <= evidence.signs.keys()  # and is off in this call
+    if cause == "missing-autocast" and (was_on or beside(evidence) or evidence.has("loop")):
         labels.sort(key=lambda label: label != "wrap-in-autocast")
     if "c-randn" in evidence.signs:
         labels.sort(key=lambda label: label != "cast-qkv-or-module")
@@ -20,7 +30,9 @@ def remedies(cause: str, evidence: Evidence) -> "tuple[Fix, ...]":
         labels = [label for label in labels if label != "enable-mixed-precision"]
     if cause == "weights-fp32" and evidence.has("meant"):
         labels = [label for label in labels if label == "use-other-attention"] or labels
-    return tuple(remedy(label, cause, evidence) for label in labels)
+    if cast and not evidence.has("merged"):  # what is stored is not to blame
+        labels = [label for label in labels if label != "convert-checkpoint"]
+    return tuple(remedy(label, cause, evidence, cast=cast) for label in labels)
 
 
 def beside(evidence: Evidence) -> bool:
@@ -30,20 +42,31 @@ def beside(evidence: Evidence) -> bool:
     return evidence.stage("eval") or evidence.has("outside") or evidence.has("beside")
 
 
-def remedy(label: str, cause: str, evidence: Evidence) -> Fix:
+def remedy(label: str, cause: str, evidence: Evidence, *, cast: bool = False) -> Fix:
     """One fix, with lines for this person."""
-    entry: dict[str, Any] = load("fixes.json")["fixes"][label]
-    codes = entry["code"]
-    lines = next((codes[name] for name in _kinds(cause, evidence) if name in codes), None)
-    lines = lines or codes["default"]
+    data = load("fixes.json")
+    entry: dict[str, Any] = data["fixes"][label]
+    forms = [*(["cast"] if cast else []), *_forms(cause, evidence)]
+    form = next((form for form in forms if form in entry["code"]), "default")
+    lines = entry["code"][form]
     half = "float16" if cause == "gpu-too-old" else half_for(evidence)
-    flags = load("fixes.json")["halves"][half]
     keyword, known = dtype_keyword(evidence)
-    words = {"dtype": keyword, "half": half, "flag": flags["flag"], "transformers": known}
+    words = {
+        "dtype": keyword,
+        "half": half,
+        "flag": data["halves"][half]["flag"],
+        "call": data["calls"][failing_call(evidence)],
+        "package": package(cause, evidence),
+        "verb": "sft" if evidence.stage("train") else "infer",
+    }
     names_dtype = any("{dtype}" in line for line in lines)
-    versions = say(entry["versions"]).format(**words) if names_dtype else say("any version")
+    versions = say(entry["versions"]).format(dtype=keyword, transformers=known)
+    if not names_dtype:
+        versions = say("any version")
+    elif not known:
+        versions = say("torch_dtype=, from 4.56 on also dtype=")
     code = "\n".join(map(_commented, lines)).format(**words)
-    return Fix(label, code, versions, entry["safety"])
+    return Fix(label, code, versions, entry["safety"], form)
 
 
 def _commented(line: str) -> str:
@@ -52,35 +75,136 @@ def _commented(line: str) -> str:
     return f"{code}{mark}{say(comment)}"
 
 
-def _kinds(cause: str, evidence: Evidence) -> "list[str]":
+def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
     """The forms of a fix's code that suit this cause and these libraries, best first."""
+    quantised_by_itself = "c-fp8" in evidence.signs and "c-4bit" not in evidence.signs
+    if cause == "quantization-compute-dtype" and not quantised_by_itself:
+        yield "bnb"
     kinds = {
-        "quantization-compute-dtype": "bnb",
         "mixed-qkv-dtype": "qkv",
         "rope-dtype-mismatch": "rope",
         "sdpa-backend-unavailable": "sdpa",
+        "matmul-dtype-mismatch": "matmul",
+        "gpu-arch-not-built": "arch",
     }
-    found = [kinds[cause]] if cause in kinds else []
-    libraries = [name.replace("_", "-") for name in evidence.libraries]
-    old = ["old"] if cause == "gpu-too-old" else []
-    return [*found, *(["loop"] if evidence.has("loop") else []), *libraries, *old]
+    if cause in kinds:
+        yield kinds[cause]
+    if evidence.has("loop"):
+        yield "loop"
+    for name in evidence.libraries:
+        if name != "accelerate" or failing_call(evidence) != "evaluate":  # a Trainer has its own
+            yield name.replace("_", "-")
+    if "diffusers" in _parts(caller(evidence)):
+        yield "diffusers"
+    if is_own_attention(evidence):
+        yield "own"
+    if cause == "gpu-too-old":
+        yield "old"
+    if not package(cause, evidence):
+        yield "unknown"
+
+
+def failing_call(evidence: Evidence) -> str:
+    """What the person's call that failed looks like: a key of calls in fixes.json."""
+    names = ("f-evaluate", "f-unwrap", "p-only-eval", "p-eval-code")
+    told = " ".join(evidence.signs[name].text for name in names if name in evidence.signs).lower()
+    functions = {function for _, function in evidence.frames}
+    in_callback = "call_event" in functions or "callback" in told
+    if not in_callback:
+        for file, function in evidence.frames:
+            if re.search(r"transformers/trainer\w*\.py$", file) and function in EVALUATES:
+                return "evaluate"
+    if "generate" in functions or re.search(r"generat|生成", told):
+        return "unwrapped" if "accelerate" in evidence.libraries else "generate"
+    if beside(evidence):
+        told_of = re.search(r"evaluat|\beval\b|评估|验证", told) and not in_callback
+        return "evaluate" if told_of and "f-trainer" in evidence.signs else "forward"
+    return "loss" if evidence.has("loop") or evidence.stage("train") else "forward"
+
+
+EVALUATES = {"evaluate", "predict", "evaluation_loop", "prediction_loop", "prediction_step"}
+
+
+def caller(evidence: Evidence) -> str:
+    """The file that called the flash_attn package; empty if no frame shows it."""
+    before = ""
+    for file, _ in evidence.frames:
+        if file.startswith("flash_attn") or "/flash_attn/" in file:
+            return before
+        before = before if file.startswith("torch/") else file
+    return ""
+
+
+def _parts(file: str) -> "list[str]":
+    return file.lower().split("/")[:-1]
+
+
+def is_own_attention(evidence: Evidence) -> bool:
+    """Whether the attention came with the checkpoint, or is the person's own."""
+    if evidence.has("remote") or evidence.has("own"):
+        return True
+    file = caller(evidence)
+    return file.endswith(".py") and _library(file) is None and "/lib/python3" not in file
+
+
+def package(cause: str, evidence: Evidence) -> str:
+    """What pip calls the library that made the failing call; empty if nothing shows which."""
+    if cause == "arch-no-fa2":
+        return "transformers"  # the message is its own
+    file = caller(evidence)
+    if not file:
+        frames = [file for file, _ in evidence.frames if not file.startswith("torch/")]
+        file = frames[-1] if frames else ""
+    if file:
+        return _library(file) or ""
+    if evidence.has("remote") or evidence.has("own"):
+        return ""
+    packages: dict[str, str] = load("fixes.json")["packages"]
+    attend = (name for name in evidence.libraries if name not in ("accelerate", "trl"))
+    return next((packages[name] for name in attend), "")
+
+
+def _library(file: str) -> "Optional[str]":
+    """What pip calls the library that a file belongs to; None if it is none of those known."""
+    packages: dict[str, str] = load("fixes.json")["packages"]
+    return next((packages[part] for part in reversed(_parts(file)) if part in packages), None)
 
 
 def half_for(evidence: Evidence) -> str:
-    """The half-precision dtype for the GPU that the text names; bfloat16 if it names none. Where
-    the dtype was checked the GPU is new enough, whatever else is named."""
+    """The half-precision dtype for the GPU that the text names, else the one that the error names,
+    else the one that the person's code asks for; bfloat16 if there is none. Where the dtype was
+    checked the GPU is new enough, whatever else is named."""
     checked = "dtype-refused" in evidence.signs
     before = re.compile(load("gpus.json")["before_ampere"])
     old = [gpu for gpu in evidence.gpus if before.search(gpu)]
-    return "float16" if old and len(old) == len(evidence.gpus) and not checked else "bfloat16"
+    if old and len(old) == len(evidence.gpus) and not checked:
+        return "float16"
+    errors = [sign.text for sign in evidence.signs.values() if sign.kind == "error"]
+    asked = [evidence.signs[name].text for name in ASKS if name in evidence.signs]
+    asked += [call.text for call in evidence.calls]
+    for texts in (errors, asked):
+        text = SWITCHED_OFF.sub("", "\n".join(texts).lower())
+        named = {"bfloat16" if match[0] == "b" else "float16" for match in HALF.findall(text)}
+        if len(named) == 1:
+            return named.pop()
+    return "bfloat16"
+
+
+ASKS = ("c-on", "c-load-half", "c-compute-half", "c-autocast-call", "warn-rescued")
+HALF = re.compile(r"b?f(?:p|loat)?16|(?<![a-z])half(?:tensor)?(?![a-z])")
+SWITCHED_OFF = re.compile(
+    r"(?:bf16|fp16)['\"]?\s*[=: ]\s*(?:\{\s*['\"]enabled['\"]\s*[=:]\s*)?['\"]?"
+    r"(?:false|null|none|no\b|0\b)"
+)
 
 
 def dtype_keyword(evidence: Evidence) -> "tuple[str, str]":
     """What from_pretrained calls its dtype in the person's Transformers, and for which versions
-    that holds: ``dtype`` from 4.56 on, ``torch_dtype`` before, which later ones also take."""
+    that holds: ``dtype`` from 4.56 on, ``torch_dtype`` before, which later ones also take; no
+    versions where the text names none."""
     found = version(evidence.versions.get("transformers"))
     if found and found >= (4, 56):
         return "dtype", "Transformers >=4.56"
     if found:
         return "torch_dtype", "Transformers <4.56"
-    return "torch_dtype", say("every version of Transformers; from 4.56 on it is also called dtype")
+    return "torch_dtype", ""
