@@ -365,6 +365,16 @@ def test_a_sentence_that_was_wrapped_is_read_to_its_end(wrap):
     assert diagnose_text(f"{text}\n{HEADLINE}").cause == "upcast-module"
 
 
+def test_autocast_that_was_left_outweighs_the_flag_that_is_set():
+    text = (
+        "LoRA training with bf16=True works, and generate() fails.\n"
+        "Casting fp32 inputs back to torch.bfloat16 for flash-attn compatibility.\n"
+        "Casting fp32 inputs back to torch.float32 for flash-attn compatibility.\n"
+    )
+    found = diagnose_text(f"{text}{HEADLINE}")
+    assert (found.cause, found.fixes[0].label) == ("missing-autocast", "wrap-in-autocast")
+
+
 def test_an_error_behind_the_one_that_is_diagnosed_is_named():
     text = f"Yesterday:\n{HEADLINE}\nNow:\ntorch.cuda.OutOfMemoryError: CUDA out of memory."
     assert "memory" in diagnose_text(text).looks_like

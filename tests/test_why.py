@@ -232,6 +232,7 @@ def test_a_model_is_diagnosed_before_it_fails(failing):
     found = diagnose(failing(torch.float32))
     assert found.cause == "weights-fp32"
     assert "first float32" in [one.what for one in found.evidence]
+    assert "gpu-too-old" not in found.ruled_out  # the reference kernel has asked no GPU
     healthy = diagnose(failing(torch.bfloat16))
     assert (healthy.cause, healthy.is_failure) == (None, False)
 

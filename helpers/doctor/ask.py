@@ -59,7 +59,7 @@ def _of_model(model: Any, inputs: Any) -> Diagnosis:
         return Diagnosis(
             None, True, (), (), tuple(evidence), (), "", False, summary, language=spoken()
         )
-    text = f"{found.error_type}: {found.error}"
+    text = "\n".join([*found.frames, f"{found.error_type}: {found.error}"])
     told = diagnose_text(text)
     if found.ok is None:
         unseen = say("What happens behind the line that stopped.")

@@ -267,7 +267,7 @@ def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
         why = evidence.signs["c-removed"].entry["means"]
         yield Says("missing-autocast", POINTS if evidence.stage("train") else 3, why)
     elif evidence.is_on() and not (
-        evidence.stage("eval") or evidence.has("loop") or evidence.has("outside")
+        evidence.stage("eval") or evidence.has("loop") or evidence.has("outside") or _left(evidence)
     ):
         yield Says("missing-autocast", 0, why)
     elif evidence.has("off") and not evidence.has("on"):
@@ -507,8 +507,12 @@ def _twice_the_size(evidence: Evidence) -> Iterator[Says]:
 
 def _rescued_before(evidence: Evidence) -> Iterator[Says]:
     """The rescue aimed at half precision before, and at float32 in the end: autocast was left."""
-    if {"warn-rescued", "rescue-float32"} <= evidence.signs.keys():
+    if _left(evidence):
         yield Says("missing-autocast", 7, noted("Autocast was on before, and is off in this call."))
+
+
+def _left(evidence: Evidence) -> bool:
+    return {"warn-rescued", "rescue-float32"} <= evidence.signs.keys()
 
 
 def _own_attention(evidence: Evidence) -> Iterator[Says]:
