@@ -3,7 +3,8 @@
 import functools
 import json
 import os
-from typing import Any
+import re
+from typing import Any, cast
 
 
 def raw(name: str) -> bytes:
@@ -17,3 +18,22 @@ def raw(name: str) -> bytes:
 def load(name: str) -> Any:
     """A JSON file of this package."""
     return json.loads(raw(name).decode("utf-8"))
+
+
+class _Late:
+    """Compiles its pattern where it is first used, and is as fast as it from then on."""
+
+    def __init__(self, source: str, flags: int) -> None:
+        self._made = source, flags
+
+    def __getattr__(self, name: str) -> Any:
+        compiled = re.compile(*self._made)
+        for method in ("search", "match", "fullmatch", "finditer", "findall", "sub"):
+            setattr(self, method, getattr(compiled, method))
+        return getattr(compiled, name)
+
+
+def pattern(source: str, flags: int = 0) -> "re.Pattern[str]":
+    """A regular expression that a short text may never need: all of them together take longer to
+    compile than Python takes to start."""
+    return cast("re.Pattern[str]", _Late(source, flags))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 from helpers.doctor import statements
-from helpers.doctor.data import load
+from helpers.doctor.data import load, pattern
 
 T = TypeVar("T")
 PIECE = 2**19  # characters read at a time
@@ -27,7 +27,7 @@ MOST_CALLS, MOST_FRAMES = 500, 5_000  # of one text
 REMEMBERED = 200_000  # lines that are known to be repetitions
 
 # What loggers, launchers and clusters put before a line.
-PREFIX = re.compile(
+PREFIX = pattern(
     r"^[ \t]*(?:(?:>|\||│)[ \t]?)+"
     r"|^[ \t]*\[(?:rank|default|[\w.-]+:)?\d+\]:?(?:<\w+>:?)?[ \t]?"
     r"|^\((?:[A-Z]\w*[ \t])?[^()\n]{0,40}pid=\d+[^()\n]{0,60}\)[ \t]?"
@@ -37,8 +37,8 @@ PREFIX = re.compile(
     r"[ \t]{1,4}(?:std(?:err|out) [FP] ?)?",
     re.M,
 )
-ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[@-Z\\-_])")
-CUT_ANSI = re.compile(r"(?:(?<=\s)|^)\[(?:\d{1,2};)*\d{1,2}m|\[0m", re.M)
+ANSI = pattern(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[@-Z\\-_])")
+CUT_ANSI = pattern(r"(?:(?<=\s)|^)\[(?:\d{1,2};)*\d{1,2}m|\[0m", re.M)
 DIGITS = {ord(digit): "0" for digit in "123456789"}
 NOTHING = dict.fromkeys([*range(9), *range(11, 13), *range(14, 27), *range(28, 32), 127])
 
@@ -205,7 +205,7 @@ NOT_LEFT_OUT = {
     "p-no-quant": ("quant",),
     "c-compute-half": ("compute",),
 }
-SIZE = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?) ?g(?:i?b)?\b")
+SIZE = pattern(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?) ?g(?:i?b)?\b")
 LIBRARIES = {
     "llamafactory": ("llamafactory", "llama-factory", "train_bash.py"),
     "swift": ("ms-swift", "ms_swift", "swift sft", "swift pt", "swift rlhf", "swift infer"),
@@ -249,40 +249,40 @@ def _compact(flat: str) -> str:
     return re.sub(r"[\W_]+", "", flat)
 
 
-TORCH = re.compile(r"\btorch\.(?=b?float|half\b|double)", re.I)
+TORCH = pattern(r"\btorch\.(?=b?float|half\b|double)", re.I)
 NO_LETTERS = {code: None for code in range(128) if not chr(code).isalnum()}
-ADVICE = re.compile(
+ADVICE = pattern(
     r"you should run training or inference using automatic mixed-precision.{0,300}?"
     r"(?:dtype=torch\.b?float16\)|(?=\n\n)|\Z)",
     re.S,
 )
-TOUCHING = re.compile(r"(?<=[\u4e00-\u9fff])(?=[a-z0-9_`])|(?<=[a-z0-9_`])(?=[\u4e00-\u9fff])")
+TOUCHING = pattern(r"(?<=[\u4e00-\u9fff])(?=[a-z0-9_`])|(?<=[a-z0-9_`])(?=[\u4e00-\u9fff])")
 # A tensor of labels or weights is no model.
-MADE = re.compile(
+MADE = pattern(
     r"\b(?:tensor|zeros\w{0,5}|ones\w{0,5}|full\w{0,5}|arange|empty\w{0,5}|linspace|eye)\("
     r"[^()\n]{0,160}\bdtype ?= ?(?:torch\.)?float(?:32)?\)?"
 )
 # What others are quoted to say.
-ADVISED = re.compile(
+ADVISED = pattern(
     r"(?:\bsa(?:y|ys|id)|\badvice|\banswers?|\bsuggest\w*|\brecommend\w*|建议|都说|让我)[^\n.。]{0,20}"
     r"[\"“'`](?:set |use |add )?(?:--)?(?:bf16|fp16)=true[\"”'`]"
 )
-COMMENTED = re.compile(r"# ?(?:--)?(?:bf16|fp16)\b[^\n]*")
-FRAME = re.compile(r'File "([^"\n]{1,300})", line \d{1,7}, in ([\w<>]{1,80})')
-FAILED = re.compile(
+COMMENTED = pattern(r"# ?(?:--)?(?:bf16|fp16)\b[^\n]*")
+FRAME = pattern(r'File "([^"\n]{1,300})", line \d{1,7}, in ([\w<>]{1,80})')
+FAILED = pattern(
     r"Traceback \(most recent|\b[A-Z]\w{2,30}(?:Error|Exception)\b|\berror:|\bCUDA error|报错|错误"
     r"|\b(?:crash|fails?|failed)\b|\bError\b",
 )
 # The last line of a traceback.
-RAISED = re.compile(
+RAISED = pattern(
     r"^[ \t]*(?:[\w.]+\.)?([A-Z]\w{2,40}(?:Error|Exception|Interrupt))\b(?::[ \t]*([^\n]*))?$", re.M
 )
-GPU = re.compile(
+GPU = pattern(
     r"\b((?:NVIDIA |Tesla |GeForce |Quadro )*(?:RTX ?(?:PRO )?(?:A?\d{4}(?: ?(?:Ti|Super|SUPER))*)"
     r"|GTX ?\d{3,4}(?: ?Ti)?|A100|A800|A10G?|A30|A40|A6000|H100|H200|H800|H20|B200|GB200|L4|L40S?"
     r"|L20|T4|V100S?|P100|P40|RTX ?6000|MI\d{3}X?)(?![\w.]))"
 )
-VERSION = re.compile(
+VERSION = pattern(
     r"\b(transformers|torch|pytorch|flash[-_]attn|peft|accelerate|trl|unsloth|bitsandbytes|vllm"
     r"|xformers|kernels|deepspeed|python|llamafactory|ms-swift|swift|axolotl|cuda)"
     r"(?:[ ]version)?[`'\"]?[ ]?(?:==|=|:|\||是|版本)?[ ]?[`'\"]?v?(\d{1,4}\.\d{1,3}(?:\.\d{1,4})?)"
@@ -337,7 +337,7 @@ def _unpacked(piece: str) -> str:
 
 
 # The tags of a page; in a traceback <module> and <lambda> stand in the same signs.
-TAG = re.compile(
+TAG = pattern(
     r"</?(?:span|div|p|pre|code|b|i|em|strong|a|td|tr|table|body|html|li|ul)\b[^<>]{0,300}>"
 )
 
@@ -417,19 +417,19 @@ def _look(
 
 
 # What a person tells of another run, in the line that quotes it.
-ELSEWHERE = re.compile(
+ELSEWHERE = pattern(
     r"(?i)(?:an)?other (?:script|run|machine|project|model)|different (?:script|run)"
     r"|last (?:week|time)"
     r"|另一个(?:脚本|项目|模型)|别的(?:脚本|项目|模型)|上周|上次"
 )
-BEHIND = re.compile(r"(?:error|exception)\W{0,3}$")
+BEHIND = pattern(r"(?:error|exception)\W{0,3}$")
 
 
-NEGATED = re.compile(
+NEGATED = pattern(
     r"(?:\bno|\bnot|\bnever|\bwithout|\bremoved?|n't|没有?|未|不)\s*(?:[\w-]+ ?){0,3}[`'\"(]?$"
     r"|\b(?:told|advised|suggested)\b[^\n]{0,36}$|# ?(?:\w+ ?= ?)?$|\bimport [\w, ]*$"
 )
-GONE = re.compile(r"\W{0,3}(?:\([^)\n]{0,40}\))?\W{0,3}(?:注释|去掉|删|was removed|is commented)")
+GONE = pattern(r"\W{0,3}(?:\([^)\n]{0,40}\))?\W{0,3}(?:注释|去掉|删|was removed|is commented)")
 
 
 @functools.cache
@@ -459,13 +459,13 @@ def _quote(piece: str, matched: str, compact: bool) -> str:
     return matched[:LONG]
 
 
-COMMAND = re.compile(
+COMMAND = pattern(
     r"(?:llamafactory-cli train|train_bash\.py|\bswift (?:sft|pt|rlhf|dpo)\b|\btorchrun\b"
     r"|accelerate launch|\bdeepspeed (?=[-\w])|xtuner train|python3? (?:-m |-u )*[\w./-]+(?:\.py)?)"
     r"[^\n]*(?:\\ *\n[^\n]*)*(?:\n *--[^\n]*)*"
 )
-YAML = re.compile(r"(?:^[ \-#]*[\w.-]+:(?: [^\n]*)?\n?){5,200}", re.M)
-CALL = re.compile(
+YAML = pattern(r"(?:^[ \-#]*[\w.-]+:(?: [^\n]*)?\n?){5,200}", re.M)
+CALL = pattern(
     r"([\w.]*(?:from_pretrained|trainingarguments|sftconfig|dpoconfig|grpoconfig|trainingargs"
     r"|bitsandbytesconfig|crossencoder|sentencetransformer|huggingfaceembeddings|flagreranker"
     r"|flagmodel|pipeline|accelerator|from_config|load_model|fastlanguagemodel\.get_peft_model))\("

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
-from helpers.doctor.data import load
+from helpers.doctor.data import load, pattern
 from helpers.doctor.evidence import Evidence, Sign, guarded
 from helpers.doctor.words import noted
 
@@ -253,7 +253,7 @@ def _checked(evidence: Evidence) -> Iterator[Says]:
         yield Says("weights-fp32", 2 * POINTS, why)
 
 
-CHECKED = re.compile(
+CHECKED = pattern(
     r"dtype-doctor: (\d+) of (\d+) weights float32, (\d+) in adapters, (\d+) in norms and"
     r" embeddings, autocast (true|false) training (true|false)",
     re.I,
@@ -453,6 +453,9 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
             yield Says(
                 "kbit-prep" if _trained(evidence) else "quantization-compute-dtype", 2, one.text
             )
+        elif one.what == "works" and one.subject == "merged":
+            yield Says("adapter-fp32", POINTS, one.text)
+            yield Says("weights-fp32", 0, one.text)
         elif one.what == "works" and one.subject == "base" and evidence.has("merged"):
             yield Says("weights-fp32", 2, one.text)
         elif one.what == "works" and one.subject == "base" and evidence.has("lora"):
@@ -542,7 +545,8 @@ def _adapter(evidence: Evidence) -> Iterator[Says]:
     """An adapter beside autocast frames is as likely as a module."""
     if _in_autocast(evidence) and evidence.has("lora") and "p-no-lora" not in evidence.signs:
         yield Says("adapter-fp32", 1, noted("There is an adapter."))
-        yield Says("upcast-module", -1, noted("There is an adapter."))
+        if not evidence.has("remote"):
+            yield Says("upcast-module", -1, noted("There is an adapter."))
 
 
 RULES: "tuple[Rule, ...]" = (

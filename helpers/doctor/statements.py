@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
+from helpers.doctor.data import pattern
+
 MOST = 2000  # sentences that are read; prose is short, and logs have been read for signs
 LONG = 500  # characters of a sentence
 
@@ -46,6 +48,7 @@ REMEDIES = {
     "input": r"\b\w*(?:feat|embed|latent|pixel|input|mel|image|audio|mask)\w*"
     r"(?:\s*=\s*[\w.]+)?\.(?:half|bfloat16|to)\(|" + SUBJECTS["input"],
 }
+HEADLINE = "flashattention only support fp16 and bf16 data type"  # names dtypes, and states none
 PROGRAMS = (
     "silently casted in float32",
     "inputs back to",
@@ -53,69 +56,72 @@ PROGRAMS = (
     "but the current dype",
     "dtype-doctor:",
 )
-_SUBJECT = re.compile("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
-_REMEDY = re.compile("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
-_FLOAT = re.compile(
+_SUBJECT = pattern("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
+_REMEDY = pattern("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
+_FLOAT = pattern(
     r"(?<![\w-])(?:float32|fp32|float 32|单精度)(?![\w-])|(?<!logits)(?<!loss)(?<!labels)(?<!scores)\.float\(\)|\bfp32(?=[^\w-])"
     r"|(?:是|成|为|\bto|\bis|\bare|\bas|\bin) ?(?:float|fp32)\b"
 )
-_HALF = re.compile(
+_HALF = pattern(
     r"(?<![\w-])(?:b?float16|bf16|fp16|half precision|半精度)(?![\w-])|\.half\(\)|\.bfloat16\(\)"
     r"|(?:是|成|为|\bto|\bis|\bare|\bas|\bin) ?half\b"
 )
-_EVERY = re.compile(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
-_WORKS = re.compile(
+_EVERY = pattern(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
+_WORKS = pattern(
     r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
     r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通"
 )
 # What is said when a remedy has worked, and seldom of anything else.
-_CURED = re.compile(
+_CURED = pattern(
     r"\bsolved\b|\bthat was it\b|\bworks? now\b|\bnow (?:it )?(?:works?|runs?|trains?)\b|\bdid the trick\b|\bwas enough\b"
     r"|\bis enough\b|\bfixe[sd] (?:it|this|the)\b|\bresolve[sd]?\b|\b(?:error|it) (?:is gone|goes away|went away|disappear\w*)"
     r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok"
 )
-_NOT_WORKS = re.compile(
+_NOT_WORKS = pattern(
     r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t) (?:\w+ )?(?:work|run|train|help|fine|ok)"
     r"|不正常|不可以|不能跑|跑不|没用|不行|没效果|无效|没解决"
 )
-_LEFT_OUT = re.compile(
+_LEFT_OUT = pattern(
     r"\bwithout\b|\bwith no\b|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
     r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|[:=] ?false\b|\binstead of\b|\bnon-"
     r"|去掉|不加|不用|不挂|不带|关掉|关闭|禁用|注释|删掉|换成|换回|不开|不加载|去除|不做|跳过|卸载|非"
 )
-_ALONE = re.compile(r"\bbase(?: model)?\b|\balone\b|原始|原版|基座|只加载|单独")
-_ONLY_WITH = re.compile(
+_ALONE = pattern(r"\bbase(?: model)?\b|\balone\b|原始|原版|基座|只加载|单独")
+_ONLY_WITH = pattern(
     r"\bonly (?:when|with|if|after|the)\b|\bas soon as\b|\bonce i\b|\bthe only (?:change|difference)\b|\bafter (?:adding|enabling|wrapping|attaching)"
     r"|\bflip (?:it )?to true|只有|一(?:开|加|用|挂|启用|打开)|加上|打开|开启|之后就|后就"
 )
-_WITH = re.compile(
+_WITH = pattern(
     r"\b(?:add|set|pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|^\W*with\b|\bif i (?:do|use|run|load)\b"
     r"|加上|加了|加个|设(?:置|成|为|了)|改成|改为|传(?:入|了)?|指定|换成|包(?:上|了|在)|套(?:上|了)|转成|转换?为|手动"
 )
-_FAILS = re.compile(
+_FAILS = pattern(
     r"\bfail\w*|\berror\w*|\bcrash\w*|\bbreaks?\b|\bdies?\b|\braises?\b|\bblows?\b|报|崩|挂|不行|出错"
 )
 
 
-_TURNED = re.compile(
+_TURNED = pattern(
     r"\bbec[ao]mes?\b|\bturn(?:s|ed)?\b|\bcomes? out\b|\bcame out\b|\bends? up\b|\bpromot\w+|\bafter\b|->|→|=>"
     r"|成|变|提升|之后|以后|出来"
 )
 
 
-_ASKS = re.compile(
+_ASKS = pattern(
     r"\b(?:is it possible|could it be|is it because|might be|may be|maybe|perhaps|i wonder|i suspect|what if|shouldn'?t)\b"
     r"|^\W*(?:should|is|are|does|do|did|can|could|would|will)\b[^\n]*\?\s*$|\bif (?:the|my|its?) [^.,]{0,40}\b(?:were|was)\b"
     r"|会不会|是不是|难道|有没有可能|可能是|也许|或许|怀疑|[^,，]{0,30}(?:吗|么|呢)\s*[?？]"
 )
 # "not float32", "none of them is float32", "cast back before": what stands before a dtype.
-_DENIED = re.compile(
+_DENIED = pattern(
     r"(?:\b(?:no|not|without|never|none|neither|nor)\b|n't\b|没有|不是|并非|没|无)[^,，;；]{0,40}$"
 )
-_PAST = re.compile(r"\b(?:had|used to)\b[^.]{0,60}\bbut\b|\bbut (?:i )?cast|已经转|已转")
-_REST = re.compile(r"其余|其它|其他|剩下|\bthe rest\b|\bothers\b|everything else|all else")
-_BECAME = re.compile(
+_PAST = pattern(r"\b(?:had|used to)\b[^.]{0,60}\bbut\b|\bbut (?:i )?cast|已经转|已转")
+_MERGED = pattern(
+    r"(?:\bmerg\w+|合并)[^.,，]{0,16}(?:之后|以后|后|\band it|\bagain|\bthen)|\bafter merging"
+)
+_REST = pattern(r"其余|其它|其他|剩下|\bthe rest\b|\bothers\b|everything else|all else")
+_BECAME = pattern(
     r"(?:\b(?:come|comes|came) out as|\bends? up (?:as|in)|-> ?|→ ?|\bbec[ao]mes?|\bturn(?:s|ed)? (?:in)?to|\bpromoted to|\bupcast to|成了?|变成?|变为|提升到?|就是|\b(?:leave|leaves|left) (?:\w+ )?as)\s*$"
 )
 
@@ -135,7 +141,7 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
     were read."""
     found: list[Says] = []
     count = 0
-    for sentence in _sentences(flat):
+    for sentence in _sentences(flat.replace(HEADLINE, "")):
         count += 1
         if count > most:
             break
@@ -217,8 +223,8 @@ def _about(sentence: str, place: int) -> "Optional[str]":
 
 
 def _dtypes(sentence: str) -> Iterator[Says]:
-    for pattern, what in ((_FLOAT, "float32"), (_HALF, "half")):
-        for match in pattern.finditer(sentence):
+    for spelling, what in ((_FLOAT, "float32"), (_HALF, "half")):
+        for match in spelling.finditer(sentence):
             if _DENIED.search(sentence, 0, match.start()) or _PAST.search(sentence):
                 continue
             subject = _about(sentence, match.start())
@@ -250,6 +256,8 @@ def _works(sentence: str) -> Iterator[Says]:
     works = _WORKS.search(sentence) is not None and _NOT_WORKS.search(sentence) is None
     cured = _REMEDY.search(sentence) if works and _CURED.search(sentence) else None
     left_out = _LEFT_OUT.search(sentence)
+    if works and _MERGED.search(sentence):
+        yield Says("merged", "works", sentence)
     if works and left_out:
         subject = _nearest(sentence, left_out.end())
         behind = sentence[left_out.end() :]
