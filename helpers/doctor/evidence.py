@@ -99,6 +99,23 @@ class Evidence(NamedTuple):
         cured = self.says("works with", "flag")  # it was not, before
         return self.has("on") and not (self.has("unsure") or self.has("removed") or cured)
 
+    def is_quantised(self) -> bool:
+        """Whether something is quantised, as far as the text tells."""
+        return self.has("quantised") and not self.has("unquantised")
+
+    def left_autocast(self) -> bool:
+        """Whether the rescue aimed at half precision before, and at float32 in the end."""
+        return {"warn-rescued", "rescue-float32"} <= self.signs.keys()
+
+    def caller(self) -> str:
+        """The file that called the flash_attn package; "" if no frame shows it."""
+        before = ""
+        for file, _ in self.frames:
+            if file.startswith("flash_attn") or "/flash_attn/" in file:
+                return before
+            before = before if file.startswith("torch/") else file
+        return ""
+
     def stands_in(self) -> bool:
         """Whether the guide's reference kernel refused, which needs no package and no GPU."""
         return any("reference_kernel" in file for file, _ in self.frames)

@@ -21,7 +21,7 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     """
     labels = list(load("fixes.json")["for"].get(cause, ()))
     cast = cause == "weights-fp32" and (cast or "c-float-call" in evidence.signs)
-    was_on = {"warn-rescued", "rescue-float32"} <= evidence.signs.keys()  # and is off in this call
+    was_on = evidence.left_autocast()
     if cause == "missing-autocast" and (was_on or beside(evidence) or evidence.has("loop")):
         labels.sort(key=lambda label: label != "wrap-in-autocast")
     if "c-randn" in evidence.signs:
@@ -94,7 +94,7 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
     for name in evidence.libraries:
         if name != "accelerate" or failing_call(evidence) != "evaluate":  # a Trainer has its own
             yield name.replace("_", "-")
-    if "diffusers" in _parts(caller(evidence)):
+    if "diffusers" in _parts(evidence.caller()):
         yield "diffusers"
     if is_own_attention(evidence):
         yield "own"
@@ -125,16 +125,6 @@ def failing_call(evidence: Evidence) -> str:
 EVALUATES = {"evaluate", "predict", "evaluation_loop", "prediction_loop", "prediction_step"}
 
 
-def caller(evidence: Evidence) -> str:
-    """The file that called the flash_attn package; empty if no frame shows it."""
-    before = ""
-    for file, _ in evidence.frames:
-        if file.startswith("flash_attn") or "/flash_attn/" in file:
-            return before
-        before = before if file.startswith("torch/") else file
-    return ""
-
-
 def _parts(file: str) -> "list[str]":
     return file.lower().split("/")[:-1]
 
@@ -143,7 +133,7 @@ def is_own_attention(evidence: Evidence) -> bool:
     """Whether the attention came with the checkpoint, or is the person's own."""
     if evidence.has("remote") or evidence.has("own"):
         return True
-    file = caller(evidence)
+    file = evidence.caller()
     return file.endswith(".py") and _library(file) is None and "/lib/python3" not in file
 
 
@@ -151,7 +141,7 @@ def package(cause: str, evidence: Evidence) -> str:
     """What pip calls the library that made the failing call; empty if nothing shows which."""
     if cause == "arch-no-fa2":
         return "transformers"  # the message is its own
-    file = caller(evidence)
+    file = evidence.caller()
     if not file:
         frames = [file for file, _ in evidence.frames if not file.startswith("torch/")]
         file = frames[-1] if frames else ""

@@ -187,7 +187,7 @@ def _all(rule: "Rule", evidence: Evidence) -> "list[Says]":
 
 def _usual(evidence: Evidence) -> "list[str]":
     """The labels in the order in which they are usual at this stage."""
-    quantised = evidence.has("quantised") and not evidence.has("unquantised")
+    quantised = evidence.is_quantised()
     first = []
     if evidence.stage("train") or evidence.stage("eval"):
         first += ["missing-autocast"]
@@ -267,7 +267,10 @@ def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
         why = evidence.signs["c-removed"].entry["means"]
         yield Says("missing-autocast", POINTS if evidence.stage("train") else 3, why)
     elif evidence.is_on() and not (
-        evidence.stage("eval") or evidence.has("loop") or evidence.has("outside") or _left(evidence)
+        evidence.stage("eval")
+        or evidence.has("loop")
+        or evidence.has("outside")
+        or evidence.left_autocast()
     ):
         yield Says("missing-autocast", 0, why)
     elif evidence.has("off") and not evidence.has("on"):
@@ -413,7 +416,7 @@ BLAMED = {
 
 def _sentences(evidence: Evidence) -> Iterator[Says]:
     """What the person says of dtypes, of what works, and of what does not."""
-    quantised = evidence.has("quantised") and not evidence.has("unquantised")
+    quantised = evidence.is_quantised()
     for one in dict.fromkeys(evidence.sentences):
         if one.what == "float32" and one.subject in FLOAT32_OF:
             label = FLOAT32_OF[one.subject]
@@ -473,7 +476,7 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
     """What quantising, training and a compute dtype say together."""
     if evidence.has("unquantised") and "c-kbit" not in evidence.signs:
         yield Says("kbit-prep", 0, noted("Nothing is quantised, and nothing was prepared for it."))
-    quantised = evidence.has("quantised") and not evidence.has("unquantised")
+    quantised = evidence.is_quantised()
     if evidence.has("norms"):
         label = "kbit-prep" if quantised else "upcast-module"
         yield Says(label, POINTS, evidence.signs["c-norm-to-float"].entry["means"])
@@ -482,9 +485,9 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
     if evidence.stage("train") or evidence.has("lora"):
         why = noted("Quantised training is prepared, which casts norms and embeddings to float32.")
         unsloth = "unsloth" in evidence.libraries  # prepares in a way of its own
-        own = not _caller(evidence).startswith(("transformers/", "torch/"))
         on = evidence.is_on()
-        points = 3 if _in_autocast(evidence) or (on and own) else 2 if on else 1
+        near = _in_autocast(evidence) or (on and _calls_itself(evidence))
+        points = 3 if near else 2 if on else 1
         yield Says("kbit-prep", 1 if unsloth else points, why)
         if points == 3:
             yield Says("upcast-module", -1, why)
@@ -510,12 +513,13 @@ def _twice_the_size(evidence: Evidence) -> Iterator[Says]:
 
 def _rescued_before(evidence: Evidence) -> Iterator[Says]:
     """The rescue aimed at half precision before, and at float32 in the end: autocast was left."""
-    if _left(evidence):
+    if evidence.left_autocast():
         yield Says("missing-autocast", 7, noted("Autocast was on before, and is off in this call."))
 
 
-def _left(evidence: Evidence) -> bool:
-    return {"warn-rescued", "rescue-float32"} <= evidence.signs.keys()
+def _calls_itself(evidence: Evidence) -> bool:
+    """Whether code that is not Transformers' calls the package, as frames show."""
+    return evidence.caller() != "" and not evidence.caller().startswith("transformers/")
 
 
 def _own_attention(evidence: Evidence) -> Iterator[Says]:
@@ -523,22 +527,12 @@ def _own_attention(evidence: Evidence) -> Iterator[Says]:
     why = ""
     if evidence.has("remote"):
         why = evidence.signs["f-remote"].entry["means"]
-    elif not _caller(evidence).startswith(("transformers/", "torch/")):
+    elif _calls_itself(evidence):
         why = noted("The code that calls FlashAttention is not Transformers', which casts back.")
     if why:
         yield Says("upcast-module", 2 if _in_autocast(evidence) else 1, why)
     elif evidence.has("own"):
         yield Says("upcast-module", 1, evidence.signs["p-own-attention"].entry["means"])
-
-
-def _caller(evidence: Evidence) -> str:
-    """The file that called the flash_attn package; "torch/" if no frame shows it."""
-    before = "torch/"
-    for file, _ in evidence.frames:
-        if file.startswith("flash_attn") or "/flash_attn/" in file:
-            return before
-        before = before if file.startswith("torch/") else file
-    return "torch/"
 
 
 def _adapter(evidence: Evidence) -> Iterator[Says]:
