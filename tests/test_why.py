@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 
 import pytest
@@ -338,3 +339,15 @@ def test_autocast_that_is_set_is_not_denied_by_lines_run_beside_the_step(failing
     printed = checked(failing(torch.float32).train())
     found = diagnose(f"bf16=True is set.\n{printed}")
     assert (found.cause, found.certain) == (None, False)
+
+
+def test_a_model_is_diagnosed_in_chinese_to_the_last_sentence(failing):
+    """What is left in Latin letters are names, dtypes, messages, code and lines of code."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = diagnose(failing(dtype), language="zh-CN")
+        ours = [one.means for one in found.evidence if one.what == "X-ray"]
+        ours += [one.text for one in found.evidence if one.what == "第一个 float32"]
+        assert len(ours) == (2 if dtype is torch.float32 else 1)
+        for sentence in [found.summary, *ours]:
+            assert re.search("[\u4e00-\u9fff]", sentence), sentence
+            assert not re.search(r"\b(?:the|passes?|fails|ends in|got)\b", sentence), sentence

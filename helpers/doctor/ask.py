@@ -44,9 +44,9 @@ def _of_model(model: Any, inputs: Any) -> Diagnosis:
     from helpers.doctor import live
 
     found = xray(model, inputs)
-    evidence = [Shown(say("X-ray"), found.verdict, "")]
+    evidence = [_of_x_ray(found)]
     if found.first_float32 is not None:
-        evidence.append(Shown(say("first float32"), str(found.first_float32), ""))
+        evidence.append(Shown(say("first float32"), live.told(found.first_float32), ""))
     parameters = parameters_by_kind(model)
     device = next(model.parameters(), torch.empty(0)).device.type
     autocast = "on" if torch.is_autocast_enabled(device) else "off"
@@ -68,3 +68,16 @@ def _of_model(model: Any, inputs: Any) -> Diagnosis:
     if "dtype-refused" in read(text).signs or live.is_input(told, origin):
         return live.decided(told, origin, evidence, live.with_versions(read("")))
     return told._replace(evidence=(*told.evidence, *evidence))
+
+
+def _of_x_ray(found: Any) -> Shown:
+    """What the forward pass did, or where it ended."""
+    if not found.ok:
+        ended = f"{found.error_type}: {found.error}"
+        return Shown(say("X-ray"), ended, say("The forward pass ends in {at}.").format(at=found.at))
+    got = sorted({record.kernel for record in found.gate if record.kernel})
+    if not got:
+        return Shown(say("X-ray"), say("The forward pass runs to its end."), "")
+    means = say("FlashAttention got {dtypes} in {number} attention calls.")
+    means = means.format(dtypes=", ".join(map(str, got)), number=len(found.gate))
+    return Shown(say("X-ray"), say("The forward pass runs to its end."), means)

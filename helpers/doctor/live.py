@@ -229,7 +229,7 @@ def by_origin(seen: Seen, origin: Any) -> Cause:
     if origin is None:
         labels = ("upcast-module", "adapter-fp32", "kbit-prep")
         return Cause(labels, say("The projections are not float32."), say("The first float32."))
-    because = say("The first float32 is {origin}.").format(origin=origin)
+    because = say("The first float32 is {origin}.").format(origin=told(origin))
     if origin.kind == "input":
         return Cause(("inputs-fp32",), because)
     own = [name for name, _ in seen.model.get_submodule(origin.module).named_children()]
@@ -240,6 +240,24 @@ def by_origin(seen: Seen, origin: Any) -> Cause:
         if norms == {FLOAT32}:  # one norm alone is a choice of the model, all are a preparation
             return Cause(("kbit-prep",), because)
     return Cause(("upcast-module",), because)
+
+
+ORIGINS = {  # the words of helpers.tracer.Origin, which another language has to say, too
+    "parameter": noted("the {dtype} parameter {name}"),
+    "buffer": noted("the {dtype} buffer {name}"),
+    "input": noted("the {dtype} input {name}"),
+    "cast": noted("a cast to {dtype}"),
+    "created": noted("an operation that returns {dtype}"),
+}
+
+
+def told(origin: Any) -> str:
+    """Where a float32 came in: what brought it, the module, the operation and the line."""
+    what = say(ORIGINS[origin.kind]).format(dtype=origin.dtype, name=origin.name)
+    where = origin.module or say("the model itself")
+    return say("{what} in {where}, {operation} ({line})").format(
+        what=what, where=where, operation=origin.operation, line=origin.line
+    )
 
 
 def _of_inner(seen: Seen, *names: str) -> "Optional[str]":
