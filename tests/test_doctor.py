@@ -365,6 +365,15 @@ def test_a_sentence_that_was_wrapped_is_read_to_its_end(wrap):
     assert diagnose_text(f"{text}\n{HEADLINE}").cause == "upcast-module"
 
 
+@pytest.mark.parametrize("lines", [100, 5_000, 40_000])
+def test_what_is_written_before_and_behind_a_long_log_is_read(lines):
+    names = (str(i).translate(str.maketrans("0123456789", "abcdefghij")) for i in range(lines))
+    log = "".join(f"file {name} was read, and nothing is wrong with its rows\n" for name in names)
+    told = "I printed it: the q_norm returns float32.\n"
+    for text in (f"{told}{log}{HEADLINE}\n", f"{log}{HEADLINE}\n{told}"):
+        assert diagnose_text(text).cause == "upcast-module"
+
+
 def test_autocast_that_was_left_outweighs_the_flag_that_is_set():
     text = (
         "LoRA training with bf16=True works, and generate() fails.\n"

@@ -19,7 +19,8 @@ from helpers.doctor.data import load, pattern
 
 T = TypeVar("T")
 PIECE = 2**19  # characters read at a time
-EDGE = 2**19  # characters at both ends of a text in which people's own words are looked for
+SHARE = statements.MOST // 3  # sentences of a piece of a longer text
+WORDS = 2**15  # characters at both ends of a piece that are read for sentences
 OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
 SPOTS = 4  # places at which one sign is kept
 LONG = 160  # characters of a quoted line
@@ -161,12 +162,11 @@ def read(text: "Union[str, bytes]") -> Evidence:
     frames: dict[tuple[str, str], None] = {}
     sentences: list[statements.Says] = []
     failed, letters, at, left = False, False, 0, statements.MOST
-    for piece in _pieces(text):
+    for piece, edge in _pieces(text):
         flat = _flat(piece)
         compact = _compact(flat)
         flat = TORCH.sub("", flat) if "torch." in flat else flat
         letters = letters or bool(compact)
-        edge = at < EDGE or at > len(text) - EDGE
         flat = statements.unwrapped(flat) if edge else flat
         for entry in load("signs.json")["signs"]:
             known = signs.get(entry["id"])
@@ -174,7 +174,10 @@ def read(text: "Union[str, bytes]") -> Evidence:
                 continue  # people write before and behind a log, and not in it
             _look(entry, piece, compact if entry["in"] == "compact" else flat, at, signs)
         if edge and left > 0:
-            more, count = guarded(NOTHING_SAID, statements.read, flat, left)
+            part, most = _ends(flat), left
+            if len(text) > PIECE:  # what stands behind a log has its share, too
+                part, most = _end(flat) if at else flat[:WORDS], min(left, SHARE)
+            more, count = guarded(NOTHING_SAID, statements.read, part, most)
             sentences += _as_written(more, TORCH.sub("", re.sub(r"[ \t]+", " ", piece)))
             left -= count
         if edge and len(calls) < MOST_CALLS:
@@ -306,10 +309,11 @@ VERSION = pattern(
 )
 
 
-def _pieces(text: "Union[str, bytes]") -> Iterator[str]:
-    """A text in pieces, cleaned, without the lines that were there before."""
+def _pieces(text: "Union[str, bytes]") -> "Iterator[tuple[str, bool]]":
+    """A text in pieces, cleaned, without the lines that were there before, and whether a piece is
+    the first or one of the last two."""
     seen: set[int] = set()
-    for rough in _rough(text):
+    for rough, edge in _rough(text):
         if not rough.isascii():
             rough = unicodedata.normalize("NFKC", rough.encode("utf-8", "replace").decode("utf-8"))
         rough = _unpacked(rough.replace("\r\n", "\n"))
@@ -335,7 +339,7 @@ def _pieces(text: "Union[str, bytes]") -> Iterator[str]:
                 if len(seen) < REMEMBERED:
                     seen.add(known)
             kept.append(line)
-        yield "\n".join(kept)
+        yield "\n".join(kept), edge
 
 
 def _unpacked(piece: str) -> str:
@@ -373,7 +377,7 @@ def _encoding(content: bytes) -> str:
     return "utf-8"
 
 
-def _rough(text: "Union[str, bytes]") -> Iterator[str]:
+def _rough(text: "Union[str, bytes]") -> "Iterator[tuple[str, bool]]":
     """Pieces of a text that overlap, each ending at a line's end where there is one."""
     encoding = _encoding(text) if isinstance(text, bytes) else ""
     if encoding == "utf-16":  # a piece could begin in the middle of a letter
@@ -390,7 +394,7 @@ def _rough(text: "Union[str, bytes]") -> Iterator[str]:
         else:
             # In a line without an end the border is read twice.
             tail = piece[-OVERLAP:] if start < len(text) else ""
-        yield piece
+        yield piece, start == PIECE or start + PIECE >= len(text)
 
 
 def _look(
@@ -488,6 +492,15 @@ CALL = pattern(
     r"|flagmodel|pipeline|accelerator|from_config|load_model|fastlanguagemodel\.get_peft_model))\("
 )
 REACH = 1200  # characters of one call
+
+
+def _ends(flat: str) -> str:
+    """Both ends of a piece: people write before and behind a log."""
+    return flat if len(flat) <= 2 * WORDS else f"{flat[:WORDS]}\n{flat[-WORDS:]}"
+
+
+def _end(flat: str) -> str:
+    return "\n".join(flat[-WORDS:].split("\n")[-SHARE:])
 
 
 def _first_calls(flat: str) -> "list[Call]":
