@@ -7,7 +7,7 @@ from helpers.doctor.diagnosis import Diagnosis, Shown
 from helpers.doctor.evidence import read
 from helpers.doctor.frames import Seen, parameters_by_kind
 from helpers.doctor.live import diagnose_exception, why
-from helpers.doctor.text import diagnose_text
+from helpers.doctor.text import diagnose_evidence, diagnose_text
 from helpers.doctor.words import say, speaking, spoken
 
 __all__ = ["diagnose", "why"]
@@ -60,12 +60,13 @@ def _of_model(model: Any, inputs: Any) -> Diagnosis:
             None, True, (), (), tuple(evidence), (), "", False, summary, language=spoken()
         )
     text = "\n".join([*found.frames, f"{found.error_type}: {found.error}"])
-    told = diagnose_text(text)
+    by_text = read(text)
+    told = diagnose_evidence(by_text)
     if found.ok is None:
         unseen = say("What happens behind the line that stopped.")
         evidence.append(Shown(say("not seen"), unseen, ""))
     origin = live.by_origin(seen, found.first_float32)
-    if "dtype-refused" in read(text).signs or live.is_input(told, origin):
+    if "dtype-refused" in by_text.signs or live.is_input(told, origin):
         return live.decided(told, origin, evidence, live.with_versions(read("")))
     return told._replace(evidence=(*told.evidence, *evidence))
 

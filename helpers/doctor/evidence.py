@@ -151,7 +151,8 @@ NOTHING_SAID: "tuple[list[statements.Says], int]" = ([], 0)
 
 
 def read(text: "Union[str, bytes]") -> Evidence:
-    """The evidence in a text of any length; bytes are taken for UTF-8, and nothing is refused."""
+    """The evidence in a text of any length. Nothing is refused: bytes are UTF-8, UTF-16 with a mark
+    at their beginning, or GB 18030, and what is none of them is replaced."""
     signs: dict[str, Sign] = {}
     calls: dict[str, Call] = {}
     versions: dict[str, str] = {}

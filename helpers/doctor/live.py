@@ -23,7 +23,7 @@ from helpers.doctor.frames import (
     look,
 )
 from helpers.doctor.remedies import remedies
-from helpers.doctor.text import check, diagnose_text, title
+from helpers.doctor.text import check, diagnose_evidence, title
 from helpers.doctor.words import noted, say, speaking
 
 
@@ -66,11 +66,11 @@ def last() -> "Optional[BaseException]":
 def diagnose_exception(error: BaseException) -> Diagnosis:
     """What an exception and its frames show."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    by_text = diagnose_text(text)
+    evidence = read(text)
+    by_text = diagnose_evidence(evidence)
     if "torch" not in sys.modules or error.__traceback__ is None or not by_text.is_ours:
         return by_text
     seen = look(error.__traceback__)
-    evidence = read(text)
     found = cause(seen)
     if "dtype-refused" in evidence.signs or is_input(by_text, found):
         return decided(by_text, found, shown(seen), with_versions(evidence))

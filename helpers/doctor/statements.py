@@ -96,9 +96,6 @@ _WITH = pattern(
     r"\b(?:add|set|pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|^\W*with\b|\bif i (?:do|use|run|load)\b"
     r"|加上|加了|加个|设(?:置|成|为|了)|改成|改为|传(?:入|了)?|指定|换成|包(?:上|了|在)|套(?:上|了)|转成|转换?为|手动"
 )
-_FAILS = pattern(
-    r"\bfail\w*|\berror\w*|\bcrash\w*|\bbreaks?\b|\bdies?\b|\braises?\b|\bblows?\b|报|崩|挂|不行|出错"
-)
 
 
 _TURNED = pattern(

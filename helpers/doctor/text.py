@@ -23,7 +23,11 @@ FOREIGN = {
 
 def diagnose_text(text: "Union[str, bytes]") -> Diagnosis:
     """What a pasted text shows: a traceback, a log, a post, in any state. Nothing in it is run."""
-    evidence = read(text)
+    return diagnose_evidence(read(text))
+
+
+def diagnose_evidence(evidence: Evidence) -> Diagnosis:
+    """What the evidence of a text shows."""
     verdict = rules.judge(evidence)
     fixes = guarded((), remedies, verdict.cause, evidence) if verdict.cause else ()
     return Diagnosis(
