@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers import backend, checkpoints, state, why
-from helpers.doctor import rules
+from helpers.doctor import rules, verdict
 from helpers.doctor.data import load
 from helpers.doctor.text import diagnose_text
 
@@ -84,7 +84,7 @@ def labels_of_the_rules():
             yield sign["cause"]
         yield from sign.get("for", ())
         yield from sign.get("against", ())
-    yield from (*rules.FLOAT32, *rules.BEFORE_DTYPE, *rules.PROVEN)
+    yield from (*rules.FLOAT32, *verdict.BEFORE_DTYPE, *verdict.PROVEN)
     yield from (*rules.FLOAT32_OF.values(), *rules.BLAMED.values())
 
 

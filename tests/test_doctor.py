@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import helpers
 from helpers import diagnose
-from helpers.doctor import catalogue, evidence, rules, words
+from helpers.doctor import catalogue, evidence, rules, verdict, words
 from helpers.doctor.command import main
 from helpers.doctor.share import block, scrub
 from helpers.doctor.text import diagnose_text
@@ -119,7 +119,7 @@ def test_a_bug_in_one_part_does_not_hide_the_others(monkeypatch, caplog, broken)
     if module is rules:
         there = [fails if rule.__name__ == name else rule for rule in rules.RULES]
         assert fails in there
-        monkeypatch.setattr(rules, "RULES", there)
+        monkeypatch.setattr(verdict, "RULES", there)
     else:
         monkeypatch.setattr(module, name, fails)
     found = diagnose_text(f"We will cast back the input in torch.float32.\n{HEADLINE}")
@@ -131,16 +131,16 @@ def test_every_label_of_the_data_is_one_of_the_catalogue():
     signs = evidence.load("signs.json")["signs"]
     used = {sign["cause"] for sign in signs if "cause" in sign and sign["cause"][:8] != "headline"}
     for sign in signs:
-        used |= {*sign.get("for", ()), *sign.get("against", ())}
+        used |= {*sign.get("for", ()), *sign.get("against", ()), *sign.get("candidates", ())}
     assert used <= LABELS
     assert len({sign["id"] for sign in signs}) == len(signs)
-    assert {*rules.FLOAT32, *rules.PROVEN, *rules.BEFORE_DTYPE} <= LABELS
+    assert {*rules.FLOAT32, *verdict.PROVEN, *verdict.BEFORE_DTYPE} <= LABELS
 
 
 def test_every_mark_of_a_sign_is_explained_and_read():
     data = evidence.load("signs.json")
     known = {"id", "kind", "in", "any", "match", "near", "negatable", "cause", "rank", "for"}
-    known |= {"against", "means", "what", "harmless", "stage"}
+    known |= {"against", "means", "what", "harmless", "stage", "candidates"}
     carried = {key for sign in data["signs"] for key in sign} - known
     assert carried == set(data["marks"])
     code = "".join(path.read_text("utf-8") for path in DOCTOR.glob("*.py"))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,42 @@ def test_a_console_without_the_marks_gets_others_that_are_not_that_of_undecided(
     assert ran(str(warning), encoding="cp1252").stdout.startswith(b"ok warning-benign: ")
     whole = ran(log, encoding="utf-8").stdout.decode()
     assert whole.startswith("✖ ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+@pytest.mark.parametrize("arguments", [["explain", "kbit-prep"], ["-"]], ids=["page", "diagnosis"])
+def test_a_terminal_gets_colours_and_code_that_can_be_copied(arguments, log):
+    import pty
+
+    ours, theirs = pty.openpty()
+    where = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "LC_ALL": "C.UTF-8"}
+    environment.pop("NO_COLOR", None)
+    command = [sys.executable, "-m", "helpers.doctor.command", *arguments]
+    with Path(log).open("rb") as asked, os.fdopen(ours, "rb", buffering=0) as terminal:
+        with subprocess.Popen(
+            command, stdin=asked, stdout=theirs, cwd=where, env=environment
+        ) as running:
+            os.close(theirs)
+            printed = b""
+            while part := read_some(terminal):
+                printed += part
+        assert running.returncode in (0, 1)
+    assert b"\x1b[1m" in printed or b"\x1b[1;31m" in printed
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", printed.decode()).replace("\r\n", "\n").split("\n")
+    if arguments == ["-"]:
+        assert shown == [*str(diagnose_text(HEADLINE)).split("\n"), ""]
+    else:
+        cause = catalogue.entry("kbit-prep")
+        assert {*cause["failing"]["code"], *cause["fixed"]["code"]} <= set(shown)
+        assert not [line for line in shown if line.startswith(("#", "```"))]
+
+
+def read_some(terminal):
+    try:
+        return terminal.read(4096)
+    except OSError:  # what Linux says where the other side is closed
+        return b""
 
 
 def test_what_else_a_console_lacks_is_a_question_mark():

@@ -84,7 +84,7 @@ def _sections(cause: "dict[str, Any]") -> "Iterator[tuple[str, list[str]]]":
     yield (
         noted("Sources"),
         [
-            f"- {say(one['what'])}" + (f" <{one['url']}>" if one["url"] else "")
+            f"- [{say(one['what'])}]({one['url']})" if one["url"] else f"- {say(one['what'])}"
             for one in cause.get("sources", ())
         ],
     )

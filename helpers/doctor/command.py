@@ -212,17 +212,21 @@ def _content(name: str) -> bytes:
     return buffer.read() if buffer is not None else sys.stdin.read().encode("utf-8", "replace")
 
 
-def _show(diagnosis: Any) -> None:
-    """With colour on a terminal, if rich is there; else plain."""
+def _show(content: Any, name: str = "show") -> None:
+    """With colour on a terminal, if rich is there; else plain.
+
+    Args:
+        name: of the function of helpers.doctor.terminal that takes this content.
+    """
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         try:
-            from helpers.doctor.terminal import show
+            from helpers.doctor import terminal
         except ImportError:
             pass
         else:
-            show(diagnosis)
+            getattr(terminal, name)(content)
             return
-    print(diagnosis)
+    print(content)
 
 
 def _explain(labels: "list[str]", as_json: bool) -> int:
@@ -236,7 +240,10 @@ def _explain(labels: "list[str]", as_json: bool) -> int:
         told = [catalogue.told(label) for label in labels or catalogue.labels()]
         _print_json(told[0] if labels else told)
     else:
-        print(catalogue.page(labels[0]) if labels else catalogue.index())
+        if labels:
+            _show(catalogue.page(labels[0]), "show_page")
+        else:
+            print(catalogue.index())
     return 0
 
 

@@ -187,10 +187,12 @@ def read(text: "Union[str, bytes]") -> Evidence:
         for name, number in itertools.islice(VERSION.findall(flat), 500):
             versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
         libraries.update((k, None) for k, some in LIBRARIES.items() if any(x in flat for x in some))
-        if any(card in piece for card in (*CARDS, *MORE_CARDS)):
-            gpus.update((" ".join(name.split()), None) for name in GPU.findall(piece)[:50])
+        if any(card in piece for card in (*CARDS, *MORE_CARDS)) or edge:
+            for name in GPU.findall(piece)[:50]:
+                gpus[" ".join(name.split()) if name[0].isalpha() else f"RTX {name}"] = None
         if "File " in piece and len(frames) < MOST_FRAMES:
-            for path, function in FRAME.findall(piece):
+            for match in FRAME.finditer(piece):
+                path, function = match[1] or match[3], match[2] or match[4]
                 frames[(_package(path), function)] = None
         for size in itertools.islice(SIZE.findall(flat), 100) if edge else ():
             sizes[float(size)] = None
@@ -248,7 +250,7 @@ def _flat(piece: str) -> str:
     flat = piece.lower()
     if "  " in flat or "\t" in flat:
         flat = re.sub(r"[ \t]+", " ", flat)
-    if "automatic mixed-precision" in flat:
+    if "mixed-precision" in flat:
         flat = ADVICE.sub("", flat)
     if not flat.isascii():  # Python counts Chinese letters as parts of the words that they touch
         flat = TOUCHING.sub(" ", flat)
@@ -273,7 +275,7 @@ def _compact(flat: str) -> str:
 TORCH = pattern(r"\btorch\.(?=b?float|half\b|double)", re.I)
 NO_LETTERS = {code: None for code in range(128) if not chr(code).isalnum()}
 ADVICE = pattern(
-    r"you should run training or inference using automatic mixed-precision.{0,300}?"
+    r"you\s+should\s+run\s+training\s+or\s+inference\s+using\s+automatic\s+mixed-precision.{0,300}?"
     r"(?:dtype=torch\.b?float16\)|(?=\n\n)|\Z)",
     re.S,
 )
@@ -289,7 +291,12 @@ ADVISED = pattern(
     r"[\"“'`](?:set |use |add )?(?:--)?(?:bf16|fp16)=true[\"”'`]"
 )
 COMMENTED = pattern(r"# ?(?:--)?(?:bf16|fp16)\b[^\n]*")
-FRAME = pattern(r'File "([^"\n]{1,300})", line \d{1,7}, in ([\w<>]{1,80})')
+# Python's form, and IPython's.
+FRAME = pattern(
+    r'File "([^"\n]{1,300})", line \d{1,7}, in ([\w<>]{1,80})'
+    r"|^File ([^\s\"][^\n:]{0,300}):\d{1,7}, in (?:\w{1,80}\.){0,4}([\w<>]{1,80})",
+    re.M,
+)
 FAILED = pattern(
     r"Traceback \(most recent|\b[A-Z]\w{2,30}(?:Error|Exception)\b|\berror:|\bCUDA error|报错|错误"
     r"|\b(?:crash|fails?|failed)\b|\bError\b",
@@ -299,9 +306,10 @@ RAISED = pattern(
     r"^[ \t]*(?:[\w.]+\.)?([A-Z]\w{2,40}(?:Error|Exception|Interrupt))\b(?::[ \t]*([^\n]*))?$", re.M
 )
 GPU = pattern(
-    r"\b((?:NVIDIA |Tesla |GeForce |Quadro )*(?:RTX ?(?:PRO )?(?:A?\d{4}(?: ?(?:Ti|Super|SUPER))*)"
+    r"\b((?:NVIDIA |Tesla |GeForce |Quadro )*(?:(?:RTX|rtx) ?(?:PRO )?(?:A?\d{4}(?: ?(?:Ti|Super|SUPER))*[DSs]?)"
+    r"|[2-5]0[5-9]0 ?(?:[Tt]i|D|s|Super|SUPER)?(?= ?(?:显卡|卡|GPU|gpu|card))"
     r"|GTX ?\d{3,4}(?: ?Ti)?|A100|A800|A10G?|A30|A40|A6000|H100|H200|H800|H20|B200|GB200|L4|L40S?"
-    r"|L20|T4|V100S?|P100|P40|RTX ?6000|MI\d{3}X?)(?![\w.]))"
+    r"|L20|T4|V100S?|P100|P40|RTX ?6000|MI\d{3}X?)(?![\w.+]))"
 )
 VERSION = pattern(
     r"\b(transformers|torch|pytorch|flash[-_]attn|peft|accelerate|trl|unsloth|bitsandbytes|vllm"

@@ -26,6 +26,11 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
         labels.sort(key=lambda label: label != "wrap-in-autocast")
     if "c-randn" in evidence.signs:
         labels.sort(key=lambda label: label != "cast-qkv-or-module")
+    if cause == "matmul-dtype-mismatch" and "c-kbit" in evidence.signs:
+        labels = ["undo-kbit-upcast", *labels]
+    last_first = _quantised_by_itself(evidence) or evidence.has("cpu")
+    if cause in ("quantization-compute-dtype", "cuda-unavailable") and last_first:
+        labels.sort(key=lambda label: label != "use-other-attention")
     if evidence.is_on() and not evidence.has("predicts"):
         labels = [label for label in labels if label != "enable-mixed-precision"]
     if cause == "weights-fp32" and evidence.has("meant"):
@@ -77,8 +82,7 @@ def _commented(line: str) -> str:
 
 def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
     """The forms of a fix's code that suit this cause and these libraries, best first."""
-    quantised_by_itself = "c-fp8" in evidence.signs and "c-4bit" not in evidence.signs
-    if cause == "quantization-compute-dtype" and not quantised_by_itself:
+    if cause == "quantization-compute-dtype" and not _quantised_by_itself(evidence):
         yield "bnb"
     kinds = {
         "mixed-qkv-dtype": "qkv",
@@ -102,6 +106,11 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
         yield "old"
     if not package(cause, evidence):
         yield "unknown"
+
+
+def _quantised_by_itself(evidence: Evidence) -> bool:
+    """Whether the checkpoint is quantised, and not by bitsandbytes at load time."""
+    return "c-fp8" in evidence.signs and "c-4bit" not in evidence.signs
 
 
 def failing_call(evidence: Evidence) -> str:
@@ -165,7 +174,7 @@ def half_for(evidence: Evidence) -> str:
     else the one that the person's code asks for; bfloat16 if there is none. Where the dtype was
     checked the GPU is new enough, whatever else is named."""
     checked = "dtype-refused" in evidence.signs
-    before = re.compile(load("gpus.json")["before_ampere"])
+    before = re.compile(load("gpus.json")["before_ampere"], re.I)
     old = [gpu for gpu in evidence.gpus if before.search(gpu)]
     if old and len(old) == len(evidence.gpus) and not checked:
         return "float16"

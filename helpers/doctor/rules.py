@@ -1,21 +1,18 @@
-"""From evidence to causes: every rule speaks, and the sum decides.
+"""What the evidence says of causes: every rule speaks for itself.
 
-A rule gives labels points or rules them out, and says why. A label with POINTS points and a lead of
-LEAD over the next is the cause; else the labels are candidates in the order of their points. What
-rules out what was read in flash-attn 2's source: its checks run in the order GPU, dtype of q, k and
-v like q, device, last dimension, head size (csrc/flash_attn/flash_api.cpp), so the headline error
-proves that the package loaded and that the GPU is new enough.
+A rule gives labels points or rules them out, and says why; verdict.py adds up. POINTS points decide
+alone.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
-from helpers.doctor.data import load, pattern
-from helpers.doctor.evidence import Evidence, Sign, guarded
+from helpers.doctor.data import pattern
+from helpers.doctor.evidence import Evidence
 from helpers.doctor.words import noted
 
-POINTS, LEAD = 4, 2  # a lead of three does with three points
+POINTS = 4
 FLOAT32 = (
     "weights-fp32",
     "missing-autocast",
@@ -26,35 +23,6 @@ FLOAT32 = (
     "inputs-fp32",
     "model-on-cpu",
 )
-BEFORE_DTYPE = (
-    "gpu-too-old",
-    "flash-attn-missing",
-    "flash-attn-abi-mismatch",
-    "cuda-unavailable",
-    "arch-no-fa2",
-)
-LOADED = ("flash-attn-missing", "flash-attn-abi-mismatch")
-PROVEN = {  # what an error proves besides its cause: it comes from inside the package
-    "mixed-qkv-dtype": LOADED,
-    "rope-dtype-mismatch": LOADED,
-    "gpu-too-old": LOADED,
-    "head-dim": ("gpu-too-old", *LOADED),
-    "noncontiguous-input": ("gpu-too-old", *LOADED),
-    "flash-attn-abi-mismatch": ("flash-attn-missing",),
-    "gpu-arch-not-built": ("flash-attn-missing",),
-}
-
-
-SPEAKS = {
-    "for",
-    "against",
-    "on",
-    "off",
-    "removed",
-    "quantised",
-    "lora",
-    "checked",
-}  # what a sign that is shown has
 
 
 class Says(NamedTuple):
@@ -63,142 +31,6 @@ class Says(NamedTuple):
     label: str
     points: int  # 0: ruled out
     why: str
-
-
-class Verdict(NamedTuple):
-    """The causes that the evidence leaves.
-
-    Attributes:
-        cause, certain, candidates, ruled_out: as in a Diagnosis.
-        is_failure: whether something failed.
-        kind: "ours", "warning", "foreign" (what it is is known), "other" or "nothing".
-        used: the signs that decided, first to last.
-        said: what the rules said of the labels that are left.
-    """
-
-    cause: "Optional[str]"
-    certain: bool
-    candidates: "tuple[str, ...]"
-    ruled_out: "tuple[str, ...]"
-    is_failure: bool
-    kind: str
-    used: "tuple[Sign, ...]"
-    said: "tuple[Says, ...]" = ()
-
-
-def judge(evidence: Evidence) -> Verdict:
-    """The verdict on a text."""
-    signs = sorted(evidence.signs.values(), key=lambda sign: sign.at)
-    errors = [sign for sign in signs if sign.kind == "error"]
-    foreign = [sign for sign in signs if sign.kind == "foreign"]
-    harmless = [sign for sign in signs if sign.entry.get("harmless")]
-    ended = [sign for sign in signs if sign.entry.get("ended")]
-    if errors:
-        errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
-        error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
-        if error.entry["cause"].startswith("headline"):
-            return _of_float32(evidence, error, signs)
-        return _of_neighbour(evidence, error, signs)
-    if evidence.has("checked"):  # whoever was asked to run it had the error
-        return _of_float32(evidence, evidence.signs["o-check"], signs)
-    if foreign:
-        return Verdict(None, False, (), (), True, "foreign", tuple(foreign))
-    certain = [s for s in signs if s.kind in ("fact", "log") and _best(s) >= POINTS]
-    if certain:
-        label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
-        return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
-    if evidence.raised or ended:
-        return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
-    if harmless:
-        label = "warning-benign"
-        return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
-    return Verdict(None, False, (), (), evidence.failed, "nothing", ())
-
-
-def _was_raised(sign: Sign, evidence: Evidence) -> bool:
-    """Whether an error was raised here, and is not one that the person has read of elsewhere; what
-    explains other errors, as a missing symbol does, stands in their texts."""
-    explains = sign.entry.get("rank", 0) >= 3
-    return explains or sign.raised or any(sign.text[:100] == line[:100] for line in evidence.raised)
-
-
-def _best(sign: Sign) -> int:
-    points: dict[str, int] = sign.entry.get("for", {"": 0})
-    return max(points.values())
-
-
-def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
-    """An error whose message has one cause."""
-    label = error.entry["cause"]
-    used = [error]
-    if label in ("flash-attn-missing", "model-on-cpu"):
-        for sign in signs:  # both are said also where there is no GPU
-            if sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3:
-                label, used = "cuda-unavailable", [error, sign]
-    newer = re.compile(load("gpus.json")["after_hopper"])
-    if label == "gpu-too-old" and any(newer.search(gpu) for gpu in evidence.gpus):
-        label = "gpu-arch-not-built"  # flash-attn up to 2.7.2 says so to every GPU it does not know
-    out = tuple(x for x in PROVEN.get(label, ()) if x != label)
-    return Verdict(label, True, (label,), out, True, "ours", tuple(used))
-
-
-def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
-    """The headline error: q is not half, and the rest has to say why."""
-    if evidence.has("halves") and "c-randn" not in evidence.signs:
-        label = "flash-attn-abi-mismatch"  # half was given, so the binary reads dtypes wrongly
-        halves = (error, evidence.signs["c-randn-half"])
-        return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", halves)
-    said: list[Says] = []
-    for rule in RULES:
-        said += guarded([], _all, rule, evidence)
-    ruled_out = {one.label for one in said if one.points == 0}
-    points = {label: 0 for label in FLOAT32 if label not in ruled_out}
-    for one in said:
-        if one.label in points:
-            points[one.label] += one.points
-    meant = points.get("missing-autocast", 0) >= POINTS and points.get("weights-fp32", 0) > 0
-    if meant and not evidence.says("works with", "load"):
-        # Weights for mixed precision are float32 by intention.
-        less = points["weights-fp32"] - 3
-        if "f-trainer" in evidence.signs:
-            less = min(less, points["missing-autocast"] - LEAD)
-        points["weights-fp32"] = max(less, 0)
-    order = _usual(evidence)
-    ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
-    proven: tuple[str, ...] = BEFORE_DTYPE if error.entry.get("cause") == "headline" else LOADED
-    proven = () if evidence.stands_in() else proven
-    out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
-    used = tuple(one for one in signs if one is error or SPEAKS & one.entry.keys())
-    lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
-    best = points[ranked[0]] if ranked else 0
-    if (best >= POINTS and lead >= LEAD) or (best >= 3 and lead >= 3):
-        return Verdict(ranked[0], True, (ranked[0],), out, True, "ours", used, tuple(said))
-    likely = [label for label in ranked if points[label] > 0]
-    usual = [label for label in order if label in points and points[label] >= 0]
-    left = tuple(dict.fromkeys([*likely, *usual]))[: max(3, len(likely))]
-    if len(left) < 2:
-        left = tuple(dict.fromkeys([*left, *ranked]))[:2]
-    return Verdict(None, False, left, out, True, "ours", used, tuple(said))
-
-
-def _all(rule: "Rule", evidence: Evidence) -> "list[Says]":
-    return list(rule(evidence))
-
-
-def _usual(evidence: Evidence) -> "list[str]":
-    """The labels in the order in which they are usual at this stage."""
-    quantised = evidence.is_quantised()
-    first = []
-    if evidence.stage("train") or evidence.stage("eval"):
-        first += ["missing-autocast"]
-        first += ["kbit-prep", "quantization-compute-dtype"] if quantised else []
-        first += ["adapter-fp32"] if evidence.has("lora") else []
-        if evidence.has("on"):
-            first = [*first[1:], "upcast-module", "missing-autocast"]
-    elif quantised:
-        first += ["quantization-compute-dtype"]
-    first += ["weights-fp32", "missing-autocast", "upcast-module", "adapter-fp32", "inputs-fp32"]
-    return list(dict.fromkeys([*first, *FLOAT32]))
 
 
 Rule = Callable[[Evidence], Iterator[Says]]

@@ -153,14 +153,16 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
 def unwrapped(flat: str) -> str:
     """A text without the line breaks of a mail or a terminal of up to WIDEST columns."""
     lines = flat.split("\n")
-    width = max(map(len, lines))
-    if not NARROWEST <= width <= WIDEST:
+    # Mail clients leave longer lines, as those of a log, as they are.
+    width = max((len(line) for line in lines if len(line) <= WIDEST), default=0)
+    if width < NARROWEST:
         return flat
     hard = sum(len(line) == width for line in lines) > 1  # cut wherever the width was reached
     joined, before = lines[:1], lines[0]
     for line in lines[1:]:
         cut = hard and len(before) == width
-        prose = before.count(" ") > 4 and "error:" not in before and line[:1].strip()
+        prose = before.count(" ") > 4 and "error:" not in before
+        prose = prose and before[:1].strip() and line[:1].strip()
         full = cut or (prose and len(before) > width - 16)
         if full and not line.startswith(STARTS) and not before.endswith(ENDS):
             joined[-1] += ("" if cut else " ") + line

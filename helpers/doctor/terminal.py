@@ -1,4 +1,4 @@
-"""A diagnosis in a terminal's colours."""
+"""A diagnosis, or a page of the catalogue, in a terminal's colours."""
 
 from rich.console import Console
 from rich.text import Text
@@ -24,3 +24,21 @@ def show(diagnosis: Diagnosis) -> None:
             is_meaning = heading == say("What shows it:") and line.startswith("      ")
             style = "dim" if is_meaning else ""
         console.print(Text(line, style=style))
+
+
+def show_page(page: str) -> None:
+    """Print a page of the catalogue. Not by rich's Markdown, which breaks long lines of code where
+    the terminal ends, and what is copied from there is no Python."""
+    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+    is_code = False
+    for line in page.split("\n"):
+        if line.startswith("```"):
+            is_code = not is_code
+        elif is_code:
+            console.print(Text(line, style="cyan"))
+        elif line.startswith("#"):
+            console.print(Text(line.lstrip("# "), style="bold"))
+        else:
+            said = Text(line)
+            said.highlight_regex(r"`[^`]+`", "cyan")
+            console.print(said)

@@ -2,11 +2,11 @@
 
 from typing import Union
 
-from helpers.doctor import rules
 from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Diagnosis, Shown
 from helpers.doctor.evidence import Evidence, Sign, guarded, read
 from helpers.doctor.remedies import remedies
+from helpers.doctor.verdict import Verdict, judge
 from helpers.doctor.words import noted, say, spoken
 
 FOREIGN = {
@@ -28,7 +28,7 @@ def diagnose_text(text: "Union[str, bytes]") -> Diagnosis:
 
 def diagnose_evidence(evidence: Evidence) -> Diagnosis:
     """What the evidence of a text shows."""
-    verdict = rules.judge(evidence)
+    verdict = judge(evidence)
     fixes = guarded((), remedies, verdict.cause, evidence) if verdict.cause else ()
     return Diagnosis(
         cause=verdict.cause,
@@ -45,7 +45,7 @@ def diagnose_evidence(evidence: Evidence) -> Diagnosis:
     )
 
 
-def _looks_like(verdict: rules.Verdict, evidence: Evidence) -> str:
+def _looks_like(verdict: Verdict, evidence: Evidence) -> str:
     if verdict.kind == "foreign":
         return say(FOREIGN[verdict.used[-1].entry["what"]])
     if verdict.kind == "other" and evidence.raised:
@@ -58,7 +58,7 @@ def _looks_like(verdict: rules.Verdict, evidence: Evidence) -> str:
     return ""
 
 
-def _after(verdict: rules.Verdict, evidence: Evidence) -> str:
+def _after(verdict: Verdict, evidence: Evidence) -> str:
     """What went wrong behind the error that is diagnosed, if it is known."""
     last = max((sign.last for sign in verdict.used if sign.kind == "error"), default=0)
     behind = [sign for sign in evidence.signs.values() if sign.kind == "foreign" and sign.at > last]
@@ -77,7 +77,7 @@ KINDS = {
 }
 
 
-def _shown(verdict: rules.Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
+def _shown(verdict: Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
     found = [
         Shown(say(KINDS[sign.kind]), sign.text, say(_means(sign, evidence)))
         for sign in verdict.used
@@ -105,7 +105,7 @@ def _means(sign: Sign, evidence: Evidence) -> str:
     return means
 
 
-def _summary(verdict: rules.Verdict) -> str:
+def _summary(verdict: Verdict) -> str:
     if verdict.cause:
         return title(verdict.cause)
     if verdict.candidates:
@@ -113,13 +113,16 @@ def _summary(verdict: rules.Verdict) -> str:
     return say("This is not a dtype problem of FlashAttention.")
 
 
-def _next_check(verdict: rules.Verdict, evidence: Evidence) -> str:
+def _next_check(verdict: Verdict, evidence: Evidence) -> str:
     if verdict.cause or not verdict.candidates:
         return ""
     checks = load("checks.json")
     if evidence.has("checked") and set(checks["works"]) <= set(verdict.candidates):
         lines = checks["adapter"]  # the weights are known, and do not tell
         return _explained(lines, {label: checks["works"][label] for label in checks["works"]})
+    if set(verdict.candidates) <= checks["stands"].keys():  # nothing that has a dtype
+        shows = {label: checks["stands"][label] for label in verdict.candidates}
+        return _explained(checks["environment"], shows)
     return check(verdict.candidates)
 
 

@@ -1,0 +1,218 @@
+"""From what the rules say to the causes that are left: the sum decides.
+
+A label with POINTS points and a lead of LEAD over the next is the cause; else the labels are
+candidates in the order of their points. What rules out what was read in flash-attn 2's source: its
+checks run in the order GPU, dtype of q, k and v like q, device, last dimension, head size
+(csrc/flash_attn/flash_api.cpp), so the headline error proves that the package loaded and that the
+GPU is new enough.
+"""
+
+import re
+from typing import NamedTuple, Optional
+
+from helpers.doctor.data import load
+from helpers.doctor.evidence import Evidence, Sign, guarded
+from helpers.doctor.rules import FLOAT32, POINTS, RULES, Rule, Says
+from helpers.doctor.words import noted
+
+LEAD = 2  # a lead of three does with three points
+BEFORE_DTYPE = (
+    "gpu-too-old",
+    "flash-attn-missing",
+    "flash-attn-abi-mismatch",
+    "cuda-unavailable",
+    "arch-no-fa2",
+)
+LOADED = ("flash-attn-missing", "flash-attn-abi-mismatch")
+# What an error proves besides its cause: it comes from inside of the package.
+REFUSED = {"headline": BEFORE_DTYPE, "headline-told": ()}  # else LOADED
+PROVEN: "dict[str, tuple[str, ...]]" = {
+    "mixed-qkv-dtype": LOADED,
+    "rope-dtype-mismatch": LOADED,
+    "gpu-too-old": LOADED,
+    "head-dim": ("gpu-too-old", *LOADED),
+    "noncontiguous-input": ("gpu-too-old", *LOADED),
+    "flash-attn-abi-mismatch": ("flash-attn-missing",),
+    "gpu-arch-not-built": ("flash-attn-missing",),
+}
+# What a sign that is shown has.
+SPEAKS = {"for", "against", "on", "off", "removed", "quantised", "lora", "checked"}
+
+
+class Verdict(NamedTuple):
+    """The causes that the evidence leaves.
+
+    Attributes:
+        cause, certain, candidates, ruled_out: as in a Diagnosis.
+        is_failure: whether something failed.
+        kind: "ours", "warning", "foreign" (what it is is known), "other" or "nothing".
+        used: the signs that decided, first to last.
+        said: what the rules said of the labels that are left.
+    """
+
+    cause: "Optional[str]"
+    certain: bool
+    candidates: "tuple[str, ...]"
+    ruled_out: "tuple[str, ...]"
+    is_failure: bool
+    kind: str
+    used: "tuple[Sign, ...]"
+    said: "tuple[Says, ...]" = ()
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict on a text."""
+    signs = sorted(evidence.signs.values(), key=lambda sign: sign.at)
+    errors = [sign for sign in signs if {"cause", "candidates"} & sign.entry.keys()]
+    foreign = [sign for sign in signs if sign.kind == "foreign"]
+    harmless = [sign for sign in signs if sign.entry.get("harmless")]
+    ended = [sign for sign in signs if sign.entry.get("ended")]
+    shown = foreign or harmless or any(not line.startswith(OURS) for line in evidence.raised)
+    if shown and all(error.kind == "prose" for error in errors):
+        errors = []  # what is told of is not what happened here
+    cut = _cut(evidence) if not errors and not foreign and not evidence.raised else None
+    if cut is not None:
+        errors, signs = [cut], [*signs, cut]
+    if errors:
+        errors = [sign for sign in errors if "cause" in sign.entry] or errors
+        errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
+        error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
+        if error.entry.get("cause", "").startswith("headline"):
+            return _of_float32(evidence, error, signs)
+        return _of_neighbour(evidence, error, signs)
+    if evidence.has("checked"):  # whoever was asked to run it had the error
+        return _of_float32(evidence, evidence.signs["o-check"], signs)
+    if foreign:
+        return Verdict(None, False, (), (), True, "foreign", tuple(foreign))
+    certain = [s for s in signs if s.kind in ("fact", "log") and _best(s) >= POINTS]
+    if certain:
+        label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
+        return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
+    if evidence.raised or ended:
+        return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
+    if harmless:
+        label = "warning-benign"
+        return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
+    return Verdict(None, False, (), (), evidence.failed, "nothing", ())
+
+
+def _was_raised(sign: Sign, evidence: Evidence) -> bool:
+    """Whether an error was raised here, and is not one that the person has read of elsewhere; what
+    explains other errors, as a missing symbol does, stands in their texts."""
+    explains = sign.entry.get("rank", 0) >= 3
+    return explains or sign.raised or any(sign.text[:100] == line[:100] for line in evidence.raised)
+
+
+OURS = ("AssertionError", "RuntimeError")  # what the checks of flash-attn raise
+
+
+def _cut(evidence: Evidence) -> "Optional[Sign]":
+    """A traceback that breaks off inside of flash_attn, as a sign; None if there is none."""
+    if not evidence.frames or not evidence.caller():
+        return None
+    entry = {
+        "cause": "headline-cut",
+        "means": noted(
+            "The traceback breaks off inside of flash_attn: its last line would say which of the"
+            " kernel's checks failed. Here it is taken for the one of the dtype."
+        ),
+    }
+    return Sign("f-cut", "frame", evidence.frames[-1][0], 0, 0, entry)
+
+
+def _best(sign: Sign) -> int:
+    points: dict[str, int] = sign.entry.get("for", {"": 0})
+    return max(points.values())
+
+
+def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
+    """An error whose message has one cause, unless something else in the text speaks against it."""
+    left = _doubted(error, evidence)
+    if left:
+        return Verdict(None, False, left, (), True, "ours", (error,))
+    label = error.entry["cause"]
+    used = [error]
+    if label in ("flash-attn-missing", "model-on-cpu"):
+        for sign in signs:  # both are said also where there is no GPU
+            if sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3:
+                label, used = "cuda-unavailable", [error, sign]
+    newer = re.compile(load("gpus.json")["after_hopper"], re.I)
+    if label == "gpu-too-old" and any(newer.search(gpu) for gpu in evidence.gpus):
+        label = "gpu-arch-not-built"  # flash-attn up to 2.7.2 says so to every GPU it does not know
+    out = tuple(x for x in PROVEN.get(label, ()) if x != label)
+    return Verdict(label, True, (label,), out, True, "ours", tuple(used))
+
+
+def _doubted(error: Sign, evidence: Evidence) -> "tuple[str, ...]":
+    """The causes that are left where a message is cut off, or says what cannot be."""
+    if "candidates" in error.entry:
+        return tuple(error.entry["candidates"])
+    label = error.entry["cause"]
+    known = load("gpus.json")
+    unlike = re.compile(f"{known['before_ampere']}|{known['after_hopper']}", re.I)
+    if error.id == "ampere" and evidence.gpus and not any(map(unlike.search, evidence.gpus)):
+        return (label, "flash-attn-abi-mismatch", "cuda-unavailable")
+    # Older Transformers say so of every package whose import fails, whatever the reason.
+    if "not found in your environment" in error.text.lower() and evidence.has("installed"):
+        return ("flash-attn-abi-mismatch", label)
+    return ()
+
+
+def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
+    """The headline error: q is not half, and the rest has to say why."""
+    if evidence.has("halves") and "c-randn" not in evidence.signs:
+        label = "flash-attn-abi-mismatch"  # half was given, so the binary reads dtypes wrongly
+        halves = (error, evidence.signs["c-randn-half"])
+        return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", halves)
+    said: list[Says] = []
+    for rule in RULES:
+        said += guarded([], _all, rule, evidence)
+    ruled_out = {one.label for one in said if one.points == 0}
+    points = {label: 0 for label in FLOAT32 if label not in ruled_out}
+    for one in said:
+        if one.label in points:
+            points[one.label] += one.points
+    meant = points.get("missing-autocast", 0) >= POINTS and points.get("weights-fp32", 0) > 0
+    if meant and not evidence.says("works with", "load"):
+        # Weights for mixed precision are float32 by intention.
+        less = points["weights-fp32"] - 3
+        if "f-trainer" in evidence.signs:
+            less = min(less, points["missing-autocast"] - LEAD)
+        points["weights-fp32"] = max(less, 0)
+    order = _usual(evidence)
+    ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
+    proven = REFUSED.get(error.entry.get("cause", ""), LOADED)
+    proven = () if evidence.stands_in() else proven
+    out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
+    used = tuple(one for one in signs if one is error or SPEAKS & one.entry.keys())
+    lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
+    best = points[ranked[0]] if ranked else 0
+    decided = (best >= POINTS and lead >= LEAD) or (best >= 3 and lead >= 3)
+    if decided and error.id != "f-cut":
+        return Verdict(ranked[0], True, (ranked[0],), out, True, "ours", used, tuple(said))
+    likely = [label for label in ranked if points[label] > 0]
+    usual = [label for label in order if label in points and points[label] >= 0]
+    left = tuple(dict.fromkeys([*likely, *usual]))[: max(3, len(likely))]
+    if len(left) < 2:
+        left = tuple(dict.fromkeys([*left, *ranked]))[:2]
+    return Verdict(None, False, left, out, True, "ours", used, tuple(said))
+
+
+def _all(rule: Rule, evidence: Evidence) -> "list[Says]":
+    return list(rule(evidence))
+
+
+def _usual(evidence: Evidence) -> "list[str]":
+    """The labels in the order in which they are usual at this stage."""
+    quantised = evidence.is_quantised()
+    first = []
+    if evidence.stage("train") or evidence.stage("eval"):
+        first += ["missing-autocast"]
+        first += ["kbit-prep", "quantization-compute-dtype"] if quantised else []
+        first += ["adapter-fp32"] if evidence.has("lora") else []
+        if evidence.has("on"):
+            first = [*first[1:], "upcast-module", "missing-autocast"]
+    elif quantised:
+        first += ["quantization-compute-dtype"]
+    first += ["weights-fp32", "missing-autocast", "upcast-module", "adapter-fp32", "inputs-fp32"]
+    return list(dict.fromkeys([*first, *FLOAT32]))
