@@ -306,10 +306,11 @@ RAISED = pattern(
     r"^[ \t]*(?:[\w.]+\.)?([A-Z]\w{2,40}(?:Error|Exception|Interrupt))\b(?::[ \t]*([^\n]*))?$", re.M
 )
 GPU = pattern(
-    r"\b((?:NVIDIA |Tesla |GeForce |Quadro )*(?:(?:RTX|rtx) ?(?:PRO )?(?:A?\d{4}(?: ?(?:Ti|Super|SUPER))*[DSs]?)"
+    r"(?:\b|(?<=[\u4e00-\u9fff]))((?:NVIDIA |Tesla |GeForce |Quadro )*"
+    r"(?:(?:RTX|rtx) ?(?:PRO )?(?:A?\d{4}(?: ?(?:Ti|Super|SUPER))*[DSs]?)"
     r"|[2-5]0[5-9]0 ?(?:[Tt]i|D|s|Super|SUPER)?(?= ?(?:显卡|卡|GPU|gpu|card))"
     r"|GTX ?\d{3,4}(?: ?Ti)?|A100|A800|A10G?|A30|A40|A6000|H100|H200|H800|H20|B200|GB200|L4|L40S?"
-    r"|L20|T4|V100S?|P100|P40|RTX ?6000|MI\d{3}X?)(?![\w.+]))"
+    r"|L20|T4|V100S?|P100|P40|RTX ?6000|MI\d{3}X?)(?![A-Za-z0-9_.+]))"
 )
 VERSION = pattern(
     r"\b(transformers|torch|pytorch|flash[-_]attn|peft|accelerate|trl|unsloth|bitsandbytes|vllm"
@@ -456,7 +457,7 @@ BEHIND = pattern(r"(?:error|exception)\W{0,3}$")
 
 
 NEGATED = pattern(
-    r"(?:\bno|\bnot|\bnever|\bwithout|\bremoved?|n't|没有?|未|不)\s*(?:[\w-]+ ?){0,3}[`'\"(]?$"
+    r"(?:\b(?:no|not|never|without|removed?)\b|n't|没有?|未|不)\s*(?:[\w-]+ ?){0,3}[`'\"(]?$"
     r"|\b(?:told|advised|suggested)\b[^\n]{0,36}$|# ?(?:\w+ ?= ?)?$|\bimport [\w, ]*$"
 )
 GONE = pattern(r"\W{0,3}(?:\([^)\n]{0,40}\))?\W{0,3}(?:注释|去掉|删|was removed|is commented)")

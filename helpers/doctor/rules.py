@@ -42,11 +42,18 @@ def _signs(evidence: Evidence) -> Iterator[Says]:
         if sign.id == "f-evaluate" and evidence.has("harness"):
             continue  # nothing beside it was trained
         for label, points in sign.entry.get("for", {}).items():
-            yield Says(label, points, sign.entry["means"])
+            made = sign.id in PREPARED and "c-kbit" in evidence.signs and label == "weights-fp32"
+            yield Says("kbit-prep" if made else label, points, sign.entry["means"])
         for label in sign.entry.get("against", ()):
             if sign.id == "c-params-half" and evidence.says("float32", "weights"):
                 continue  # another part of the model is float32
+            if sign.id == "c-compute-half" and "warn-bnb-compute" in evidence.signs:
+                continue  # it is what mended it
             yield Says(label, 0, sign.entry["means"])
+
+
+# What is float32 where all weights are, which preparing an unquantised model makes of them.
+PREPARED = ("rescue-float32", "o-all-float32")
 
 
 def _checked(evidence: Evidence) -> Iterator[Says]:
@@ -121,7 +128,9 @@ def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
         if shown and not re.search(r"do_predict: true", call.text):
             continue  # the flag may stand in what is not shown
         if call.name == "yaml" or (call.name == "command" and _trains(call.text)):
-            points = POINTS if call.whole else 1
+            # accelerate's configuration may ask for it, unless these are the flags of a Trainer.
+            elsewhere = "accelerate launch" in call.text and not re.search(TRAINERS, call.text)
+            points = POINTS if call.whole and not elsewhere else 1
             yield Says("missing-autocast", points, noted("The launch asks for no mixed precision."))
             return
         if call.name.endswith(TRAINER) and "bf16" not in call.text and "fp16" not in call.text:
@@ -132,6 +141,7 @@ def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
             return
 
 
+TRAINERS = r"--(?:do_train|per_device_train_batch_size|finetuning_type)\b"
 TRAINER = ("trainingarguments", "sftconfig", "dpoconfig", "grpoconfig", "trainingargs")
 
 
@@ -246,11 +256,16 @@ BLAMED = {
 }
 
 
+MERGED = pattern(r"\bmerg(?:e|ed|ing)\b|合并")
+
+
 def _sentences(evidence: Evidence) -> Iterator[Says]:
     """What the person says of dtypes, of what works, and of what does not."""
     quantised = evidence.is_quantised()
     for one in dict.fromkeys(evidence.sentences):
-        if one.what == "float32" and one.subject in FLOAT32_OF:
+        if one.what in ("float32", "turned") and MERGED.search(one.text):
+            yield Says("weights-fp32", POINTS, one.text)
+        elif one.what == "float32" and one.subject in FLOAT32_OF:
             label = FLOAT32_OF[one.subject]
             part = re.search(r"encoders?\b|towers?\b|proj\w*", one.text.lower())
             if one.subject == "weights" and evidence.has("embeds") and part:

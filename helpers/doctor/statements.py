@@ -23,17 +23,17 @@ SUBJECTS = {
     "fp8": r"\S*fp8\b",
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
     "norm": r"\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
-    "rope": r"\brope\w*|rotary\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
+    "rope": r"\brope\w*|rotary\w*|\bposition(?:al)?[ _]embed\w*|\bpos_?emb\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
     "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b|image_features?|input_features|pixel_values\w*"
-    r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed|soft[ _]?prompts?"
+    r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed(?! (?:based|from|by|in))|soft[ _]?prompts?"
     r"|特征|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
     "attention": r"attn_implementation|\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
     "autocast": r"\bautocast\w*|\bmixed[ _-]precision\b|\bamp\b|混合精度",
-    "full": r"full[- ](?:parameter )?fine-?\s?tun\w*|full[- ]param\w*|全参数?微?调?|全量微?调?",
+    "full": r"full[- ](?:parameter )?fine-?\s?tun\w*|(?:normal|regular|plain|ordinary|standard) tr\w{1,4}ning|full[- ]param\w*|全参数?微?调?|全量微?调?",
     "weights": r"param(?:eter)?s?\b|weights?\b|checkpoints?\b|safetensors|\bmodel\b|state_dict|\bconfig\b"
     r"|\b\w+_config\b|encoders?\b|towers?\b|backbone|权重|底座|参数|模型|检查点|[qkvo]_proj\.weights?|lm_head|linear layers?",
 }
@@ -93,7 +93,7 @@ _ONLY_WITH = pattern(
     r"|\bflip (?:it )?to true|只有|一(?:开|加|用|挂|启用|打开)|加上|打开|开启|之后就|后就"
 )
 _WITH = pattern(
-    r"\b(?:add|set|pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|^\W*with\b|\bif i (?:do|use|run|load)\b"
+    r"\b(?:add|set|(?<!forward )pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|^\W*with\b|\bif i (?:do|use|run|load)\b"
     r"|加上|加了|加个|设(?:置|成|为|了)|改成|改为|传(?:入|了)?|指定|换成|包(?:上|了|在)|套(?:上|了)|转成|转换?为|手动"
 )
 
@@ -162,7 +162,7 @@ def unwrapped(flat: str) -> str:
     for line in lines[1:]:
         cut = hard and len(before) == width
         prose = before.count(" ") > 4 and "error:" not in before
-        prose = prose and before[:1].strip() and line[:1].strip()
+        prose = prose and not before.startswith(" ") and bool(line[:1].strip())
         full = cut or (prose and len(before) > width - 16)
         if full and not line.startswith(STARTS) and not before.endswith(ENDS):
             joined[-1] += ("" if cut else " ") + line
@@ -189,7 +189,7 @@ def _sentences(flat: str) -> Iterator[str]:
             before = ""
             continue
         for sentence in re.split(
-            r"(?<=[a-z0-9)`\"'][.!?;])(?=\s|$)|(?<=[。！？；])|(?<=\w), (?=but |and then |so )",
+            r"(?<=[a-z0-9)`\"'][.!?;])(?=\s|$)|(?<=[。！？；])|(?<=\w), (?=but |and then |so )|,(?=但|不过|可是|然而)",
             line,
         ):
             if sentence.strip():
@@ -234,7 +234,7 @@ def _dtypes(sentence: str) -> Iterator[Says]:
                     yield Says(subject, "turned", sentence)
                 if what == "float32" and re.search(SUBJECTS["kbit"], sentence):
                     yield Says("kbit", what, sentence)
-                every = what == "half" and _EVERY.search(sentence)
+                every = what == "half" and _EVERY.search(sentence) and not _FLOAT.search(sentence)
                 yield Says(subject, "all half" if every else what, sentence)
                 break
 
@@ -255,7 +255,8 @@ def _works(sentence: str) -> Iterator[Says]:
     works = _WORKS.search(sentence) is not None and _NOT_WORKS.search(sentence) is None
     cured = _REMEDY.search(sentence) if works and _CURED.search(sentence) else None
     left_out = _LEFT_OUT.search(sentence)
-    if works and _MERGED.search(sentence):
+    merged = _MERGED.search(sentence)
+    if works and merged and _WORKS.search(sentence[merged.end() :].partition(",")[0]):
         yield Says("merged", "works", sentence)
     if works and left_out:
         subject = _nearest(sentence, left_out.end())

@@ -77,6 +77,9 @@ def judge(evidence: Evidence) -> Verdict:
         errors = [sign for sign in errors if "cause" in sign.entry] or errors
         errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
         error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
+        if _is_bfloat16_on_old_gpu(error, evidence):
+            label = "gpu-too-old"
+            return Verdict(label, True, (label,), LOADED, True, "ours", (error,))
         if error.entry.get("cause", "").startswith("headline"):
             return _of_float32(evidence, error, signs)
         return _of_neighbour(evidence, error, signs)
@@ -101,6 +104,19 @@ def _was_raised(sign: Sign, evidence: Evidence) -> bool:
     explains other errors, as a missing symbol does, stands in their texts."""
     explains = sign.entry.get("rank", 0) >= 3
     return explains or sign.raised or any(sign.text[:100] == line[:100] for line in evidence.raised)
+
+
+def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
+    """Whether FlashAttention 1, which took bfloat16 from Ampere on and float16 on Turing, refused
+    bfloat16 on an older GPU."""
+    old = re.compile(load("gpus.json")["before_ampere"], re.I)
+    asked = [sign.text for sign in evidence.signs.values() if sign.entry.get("on")]
+    asked += [one.text for one in evidence.sentences if (one.subject, one.what) == ("q", "half")]
+    return (
+        error.id == "dtype-refused-old"
+        and any(map(old.search, evidence.gpus))
+        and any(re.search("bf16|bfloat16", text.lower()) for text in asked)
+    )
 
 
 OURS = ("AssertionError", "RuntimeError")  # what the checks of flash-attn raise
