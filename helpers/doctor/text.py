@@ -121,8 +121,8 @@ def _next_check(verdict: Verdict, evidence: Evidence) -> str:
         lines = checks["adapter"]  # the weights are known, and do not tell
         return _explained(lines, {label: checks["works"][label] for label in checks["works"]})
     if set(verdict.candidates) <= checks["stands"].keys():  # nothing that has a dtype
-        shows = {label: checks["stands"][label] for label in verdict.candidates}
-        return _explained(checks["environment"], shows)
+        stands = {label: checks["stands"][label] for label in verdict.candidates}
+        return _explained(checks["environment"], stands)
     return check(verdict.candidates)
 
 
