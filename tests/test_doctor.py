@@ -89,6 +89,23 @@ def test_how_a_message_was_carried_changes_nothing(change):
         assert was.candidates
 
 
+def test_a_mail_that_breaks_its_lines_changes_few_answers():
+    def mailed(line):
+        if len(line) <= 72 or line.startswith((" ", "\t")):
+            return line
+        return "\n".join(textwrap.wrap(line, 72, break_long_words=False, break_on_hyphens=False))
+
+    texts = [report["text"] for report in REPORTS]
+    mails = ["\n".join(map(mailed, text.split("\n"))) for text in texts]
+    changed = [
+        text
+        for text, mail in zip(texts, mails, strict=True)
+        if diagnose_text(text).cause != diagnose_text(mail).cause
+    ]
+    assert sum(map(str.__ne__, texts, mails)) > len(texts) / 2
+    assert len(changed) <= len(texts) / 100, changed
+
+
 @given(st.binary(max_size=400) | st.text(max_size=400))
 def test_any_bytes_get_an_answer(content):
     found = diagnose_text(content)

@@ -153,18 +153,17 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
 def unwrapped(flat: str) -> str:
     """A text without the line breaks of a mail or a terminal of up to WIDEST columns."""
     lines = flat.split("\n")
-    # Mail clients leave longer lines, as those of a log, as they are.
-    width = max((len(line) for line in lines if len(line) <= WIDEST), default=0)
-    if width < NARROWEST:
+    short = [line for line in lines if len(line) <= WIDEST]
+    columns = max(map(len, short), default=0)  # of a terminal, which cuts where it ends
+    margin = max(map(len, filter(_is_prose, short)), default=0)  # of a mail, which leaves logs
+    if columns < NARROWEST:
         return flat
-    hard = sum(len(line) == width for line in lines) > 1  # cut wherever the width was reached
+    hard = sum(len(line) == columns for line in lines) > 1
     joined, before = lines[:1], lines[0]
     for line in lines[1:]:
-        cut = hard and len(before) == width
-        prose = before.count(" ") > 4 and "error:" not in before
-        prose = prose and not before.startswith(" ") and bool(line[:1].strip())
-        full = cut or (prose and len(before) > width - 16)
-        if full and not line.startswith(STARTS) and not before.endswith(ENDS):
+        cut = hard and len(before) == columns
+        prose = _is_prose(before) and len(before) > margin - 16 and line[:1].strip() != ""
+        if (cut or prose) and not line.startswith(STARTS) and not before.endswith(ENDS):
             joined[-1] += ("" if cut else " ") + line
         else:
             joined.append(line)
@@ -175,6 +174,16 @@ def unwrapped(flat: str) -> str:
 NARROWEST, WIDEST = 40, 120
 ENDS = (".", ":", "{", "(", "[", ",", "\\")
 STARTS = ("-", "*", ">", "#", "file ", "traceback", "`", "|", "+")
+
+
+def _is_prose(line: str) -> bool:
+    return (
+        line.count(" ") > 4
+        and "error:" not in line
+        and re.match(r"[\w.,\[\] ]{1,60} ?= ?\S", line) is None
+        and not line.startswith((" ", *STARTS))
+        and len(line) >= NARROWEST
+    )
 
 
 def _sentences(flat: str) -> Iterator[str]:

@@ -74,7 +74,7 @@ def judge(evidence: Evidence) -> Verdict:
     if cut is not None:
         errors, signs = [cut], [*signs, cut]
     if errors:
-        errors = [sign for sign in errors if "cause" in sign.entry] or errors
+        errors = [s for s in errors if s.kind != "prose" and "cause" in s.entry] or errors
         errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
         error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
         if _is_bfloat16_on_old_gpu(error, evidence):
