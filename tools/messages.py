@@ -48,7 +48,7 @@ SENTENCES = {
         "fixes.*.versions",
         "fixes.*.code.*.*.#",
     ],
-    "checks": ["code.0", "shows.*", "adapter.0", "works.*", "environment.0", "stands.*"],
+    "checks": ["code.0", "shows.*", "adapter.0", "works.*", "environment.0", "stands.*", "message.0", "names.*"],
 }
 
 

@@ -84,7 +84,7 @@ _NOT_WORKS = pattern(
 )
 _LEFT_OUT = pattern(
     r"\bwithout\b|\bwith no\b|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
-    r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|[:=] ?false\b|\binstead of\b|\bnon-"
+    r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|(?:[:=]|\bto) ?false\b|\binstead of\b|\bnon-"
     r"|去掉|不加|不用|不挂|不带|关掉|关闭|禁用|注释|删掉|换成|换回|不开|不加载|去除|不做|跳过|卸载|非"
 )
 _ALONE = pattern(r"\bbase(?: model)?\b|\balone\b|原始|原版|基座|只加载|单独")

@@ -118,11 +118,12 @@ def _next_check(verdict: Verdict, evidence: Evidence) -> str:
         return ""
     checks = load("checks.json")
     if evidence.has("checked") and set(checks["works"]) <= set(verdict.candidates):
-        lines = checks["adapter"]  # the weights are known, and do not tell
-        return _explained(lines, {label: checks["works"][label] for label in checks["works"]})
-    if set(verdict.candidates) <= checks["stands"].keys():  # nothing that has a dtype
-        stands = {label: checks["stands"][label] for label in verdict.candidates}
-        return _explained(checks["environment"], stands)
+        # The weights are known, and do not tell.
+        return _explained(checks["adapter"], checks["works"])
+    for lines, means in (("environment", "stands"), ("message", "names")):
+        if set(verdict.candidates) <= checks[means].keys():
+            shows = {label: checks[means][label] for label in verdict.candidates}
+            return _explained(checks[lines], shows)
     return check(verdict.candidates)
 
 
