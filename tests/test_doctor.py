@@ -323,9 +323,9 @@ def test_chinese_that_touches_latin_letters_says_what_english_says(english, chin
     assert one.cause or "missing-autocast" in one.ruled_out
 
 
-COMMAND = """swift sft \\
-  --model Qwen/Qwen2.5-7B-Instruct \\
-  --train_type full --attn_impl flash_attn \\
+COMMAND = """llamafactory-cli train \\
+  --stage sft --do_train --model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
+  --finetuning_type full --flash_attn fa2 \\
   --dataset a.jsonl --num_train_epochs 1
 训练脚本如上。
 """

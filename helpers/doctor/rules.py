@@ -127,6 +127,8 @@ def _launch_without_flag(evidence: Evidence) -> Iterator[Says]:
         shown = evidence.has("on") and not evidence.has("removed")
         if shown and not re.search(r"do_predict: true", call.text):
             continue  # the flag may stand in what is not shown
+        if re.match(r"swift (?:sft|pt)\b(?!.{0,2000}float32)", call.text, re.S):
+            continue  # takes its precision from the checkpoint's dtype
         if call.name == "yaml" or (call.name == "command" and _trains(call.text)):
             # accelerate's configuration may ask for it, unless these are the flags of a Trainer.
             elsewhere = "accelerate launch" in call.text and not re.search(TRAINERS, call.text)
@@ -240,6 +242,7 @@ CURED = {
     "load": "weights-fp32",
     "compute": "quantization-compute-dtype",
     "input": "inputs-fp32",
+    "lora": "adapter-fp32",
     "norm": "upcast-module",
     "q": "upcast-module",
 }
@@ -270,6 +273,9 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
             part = re.search(r"encoders?\b|towers?\b|proj\w*", one.text.lower())
             if one.subject == "weights" and evidence.has("embeds") and part:
                 label = "inputs-fp32"  # what comes out of it is what the model gets
+            named = re.search(r"(?<!bnb_4bit_)compute[_ ]dtype", one.text)
+            if one.subject == "compute" and named and not quantised:
+                label = "weights-fp32"  # what a trainer calls the dtype that it loads in
             if one.subject == "norm" and quantised and "weight" in one.text.lower():
                 label = "kbit-prep"
             if label == "weights-fp32" and "c-load-float32" in evidence.signs:

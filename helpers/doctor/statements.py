@@ -16,7 +16,7 @@ MOST = 2000  # sentences that are read; prose is short, and logs have been read 
 LONG = 500  # characters of a sentence
 
 SUBJECTS = {
-    "kbit": r"prepare_model_for_\w+|prepare_for_kbit|k-?bit (?:training|prep\w*)",
+    "kbit": r"prepare_model_for_\w+|prepare_for_kbit|k-?bit[ _](?:training|prep\w*)",
     "dora": r"\bdora\b|use_dora|lora_magnitude\w*|magnitude",
     "lora": r"\b[\w.]{0,80}lora_\w+[\w.]*|\b(?:q|v|lora)?_?lora\w*(?: (?:params?|parameters?|weights?|layers?))?|disable_adapter\w*|\bpeft\w*|adapters?\b|适配器|\blora权重",
     "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
@@ -26,7 +26,7 @@ SUBJECTS = {
     "rope": r"\brope\w*|rotary\w*|\bposition(?:al)?[ _]embed\w*|\bpos_?emb\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
-    "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b|image_features?|input_features|pixel_values\w*"
+    "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b(?! layers?)|image_features?|input_features|pixel_values\w*"
     r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed(?! (?:based|from|by|in))|soft[ _]?prompts?"
     r"|特征|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
@@ -44,6 +44,7 @@ REMEDIES = {
     "compute": SUBJECTS["compute"],
     "load": rf"(?<!compute_)(?:torch_)?dtype{_TO_HALF}|(?<!compute_)\btorch_dtype\b|model_kwargs",
     "autocast": r"\bautocast\w*",
+    "lora": r"\blora\w*(?: \w+)?[^\n]{0,10}(?:\bto\b|成|为) ?(?:bf16|fp16|half|b?float16)\b",
     "norm": r"\w*norms?\b[^\n]{0,30}\.(?:to|half|bfloat16)\(|(?:cast\w*|转)[^\n]{0,20}\w*norms?\b",
     "input": r"\b\w*(?:feat|embed|latent|pixel|input|mel|image|audio|mask)\w*"
     r"(?:\s*=\s*[\w.]+)?\.(?:half|bfloat16|to)\(|" + SUBJECTS["input"],
@@ -236,6 +237,8 @@ def _dtypes(sentence: str) -> Iterator[Says]:
             if _DENIED.search(sentence, 0, match.start()) or _PAST.search(sentence):
                 continue
             subject = _about(sentence, match.start())
+            if subject == "q" and what == "float32":
+                subject = _maker(sentence, match.start()) or subject
             if subject == "weights" and what == "float32" and _REST.search(sentence):
                 continue  # a few of them
             if subject is not None:
@@ -246,6 +249,16 @@ def _dtypes(sentence: str) -> Iterator[Says]:
                 every = what == "half" and _EVERY.search(sentence) and not _FLOAT.search(sentence)
                 yield Says(subject, "all half" if every else what, sentence)
                 break
+
+
+def _maker(sentence: str, place: int) -> "Optional[str]":
+    """What casts q, where a sentence says so: "the rotary embedding casts query to ..."."""
+    cast = _CASTS.search(sentence, 0, place)
+    made = _about(sentence[: cast.start()], cast.start()) if cast else None
+    return made if made in ("norm", "rope", "module", "kbit") else None
+
+
+_CASTS = pattern(r"\b(?:up)?cast\w*|\bconvert\w*|\bturn\w*|\bpromot\w*|转|提升")
 
 
 def _turned(sentence: str, place: int) -> bool:

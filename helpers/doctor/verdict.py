@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 
 from helpers.doctor.data import load
 from helpers.doctor.evidence import Evidence, Sign, guarded
-from helpers.doctor.rules import FLOAT32, POINTS, RULES, Rule, Says
+from helpers.doctor.rules import FLOAT32, FLOAT32_OF, POINTS, RULES, Rule, Says
 from helpers.doctor.words import noted
 
 LEAD = 2  # a lead of three does with three points
@@ -70,9 +70,9 @@ def judge(evidence: Evidence) -> Verdict:
     shown = foreign or harmless or any(not line.startswith(OURS) for line in evidence.raised)
     if shown and all(error.kind == "prose" for error in errors):
         errors = []  # what is told of is not what happened here
-    cut = _cut(evidence) if not errors and not foreign and not evidence.raised else None
-    if cut is not None:
-        errors, signs = [cut], [*signs, cut]
+    if not errors and not shown and not ended:
+        implied = _cut(evidence) or _described(evidence)
+        errors, signs = [*implied], [*signs, *implied]
     if errors:
         errors = [s for s in errors if s.kind != "prose" and "cause" in s.entry] or errors
         errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
@@ -122,10 +122,20 @@ def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
 OURS = ("AssertionError", "RuntimeError")  # what the checks of flash-attn raise
 
 
-def _cut(evidence: Evidence) -> "Optional[Sign]":
-    """A traceback that breaks off inside of flash_attn, as a sign; None if there is none."""
+def _described(evidence: Evidence) -> "tuple[Sign, ...]":
+    """What is said to become float32 before FlashAttention, as a sign of the error that follows."""
+    told = [one for one in evidence.sentences if one.what in ("float32", "turned")]
+    told = [one for one in told if one.subject in FLOAT32_OF and one.subject != "weights"]
+    entry = {"cause": "headline-told", "means": noted("FlashAttention refuses what is float32.")}
+    if not told or not evidence.has("about"):
+        return ()
+    return (Sign("p-described", "prose", told[0].text, 0, 0, entry),)
+
+
+def _cut(evidence: Evidence) -> "tuple[Sign, ...]":
+    """A traceback that breaks off inside of flash_attn, as a sign."""
     if not evidence.frames or not evidence.caller():
-        return None
+        return ()
     entry = {
         "cause": "headline-cut",
         "means": noted(
@@ -133,7 +143,7 @@ def _cut(evidence: Evidence) -> "Optional[Sign]":
             " kernel's checks failed. Here it is taken for the one of the dtype."
         ),
     }
-    return Sign("f-cut", "frame", evidence.frames[-1][0], 0, 0, entry)
+    return (Sign("f-cut", "frame", evidence.frames[-1][0], 0, 0, entry),)
 
 
 def _best(sign: Sign) -> int:
