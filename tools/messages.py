@@ -48,7 +48,16 @@ SENTENCES = {
         "fixes.*.versions",
         "fixes.*.code.*.*.#",
     ],
-    "checks": ["code.0", "shows.*", "adapter.0", "works.*", "environment.0", "stands.*", "message.0", "names.*"],
+    "checks": [
+        "code.0",
+        "shows.*",
+        "adapter.0",
+        "works.*",
+        "environment.0",
+        "stands.*",
+        "message.0",
+        "names.*",
+    ],
 }
 
 

@@ -169,11 +169,14 @@ def read(text: "Union[str, bytes]") -> Evidence:
         flat = TORCH.sub("", flat) if "torch." in flat else flat
         letters = letters or bool(compact)
         flat = statements.unwrapped(flat) if edge else flat
+        # The message names dtypes and states none; what is as long keeps every place.
+        written = flat.replace(statements.HEADLINE, "_" * len(statements.HEADLINE))
         for entry in load("signs.json")["signs"]:
             known = signs.get(entry["id"])
             if (known or not edge) and entry["kind"] in ("prose", "code"):
                 continue  # people write before and behind a log, and not in it
-            _look(entry, piece, compact if entry["in"] == "compact" else flat, at, signs)
+            told = written if entry["kind"] in ("prose", "code") else flat
+            _look(entry, piece, compact if entry["in"] == "compact" else told, at, signs)
         if edge and left > 0:
             part, most = _ends(flat), left
             if len(text) > PIECE:  # what stands behind a log has its share, too
@@ -184,10 +187,13 @@ def read(text: "Union[str, bytes]") -> Evidence:
         if edge and len(calls) < MOST_CALLS:
             for call in guarded([], _first_calls, flat):
                 calls.setdefault(call.text, call)
-        for name, number in itertools.islice(VERSION.findall(flat), 500):
+        listed = edge or "ersion" in flat or "==" in flat
+        for name, number in itertools.islice(VERSION.findall(flat) if listed else (), 500):
             versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
-        libraries.update((k, None) for k, some in LIBRARIES.items() if any(x in flat for x in some))
-        if any(card in piece for card in (*CARDS, *MORE_CARDS)) or edge:
+        for name, some in LIBRARIES.items():
+            if name not in libraries and any(x in flat for x in some):
+                libraries[name] = None
+        if (edge or "NVIDIA" in piece or "GPU" in piece) and any(card in piece for card in CARDS):
             for name in GPU.findall(piece)[:50]:
                 gpus[" ".join(name.split()) if name[0].isalpha() else f"RTX {name}"] = None
         if "File " in piece and len(frames) < MOST_FRAMES:
@@ -239,9 +245,25 @@ LIBRARIES = {
     "vllm": ("vllm/", "vllm."),
     "accelerate": ("accelerate launch", "accelerator."),
 }
+CARDS = (
+    "TX",
+    "rtx",
+    "A1",
+    "A3",
+    "A4",
+    "A6",
+    "A8",
+    "H1",
+    "H2",
+    "H8",
+    "B2",
+    "L2",
+    "L4",
+    "T4",
+    "V100",
+)
+CARDS += ("P100", "P40", "MI", "卡", "0 GPU", "0 card")
 ERRORS = ("Traceback", "Error", "error:", "Exception", "报错", "错误", "crash", "fail")
-CARDS = ("RTX", "GTX", "A100", "A800", "A10", "A30", "A40", "A6000", "H100", "H200", "H800")
-MORE_CARDS = ("H20", "B200", "L4", "L20", "T4", "V100", "P100", "P40", "MI")
 
 
 def _flat(piece: str) -> str:
@@ -254,7 +276,7 @@ def _flat(piece: str) -> str:
         flat = ADVICE.sub("", flat)
     if not flat.isascii():  # Python counts Chinese letters as parts of the words that they touch
         flat = TOUCHING.sub(" ", flat)
-    if "dtype" in flat:
+    if "dtype=" in flat or "dtype =" in flat:
         flat = MADE.sub("", flat)
     if "=true" in flat:
         flat = ADVISED.sub("", flat)

@@ -276,7 +276,8 @@ def _sentences(evidence: Evidence) -> Iterator[Says]:
             named = re.search(r"(?<!bnb_4bit_)compute[_ ]dtype", one.text)
             if one.subject == "compute" and named and not quantised:
                 label = "weights-fp32"  # what a trainer calls the dtype that it loads in
-            if one.subject == "norm" and quantised and "weight" in one.text.lower():
+            prepared = evidence.says("float32", "kbit")
+            if one.subject == "norm" and (prepared or (quantised and "weight" in one.text.lower())):
                 label = "kbit-prep"
             if label == "weights-fp32" and "c-load-float32" in evidence.signs:
                 continue  # the same fact, seen as code
