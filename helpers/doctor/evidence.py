@@ -297,8 +297,9 @@ def _compact(flat: str) -> str:
 TORCH = pattern(r"\btorch\.(?=b?float|half\b|double)", re.I)
 NO_LETTERS = {code: None for code in range(128) if not chr(code).isalnum()}
 ADVICE = pattern(
-    r"you\s+should\s+run\s+training\s+or\s+inference\s+using\s+automatic\s+mixed-precision.{0,300}?"
-    r"(?:dtype=torch\.b?float16\)|(?=\n\n)|\Z)",
+    r"you\s+should\s+run\s+training\s+or\s+inference\s+using\s+automatic\s+mixed-precision"
+    r"(?:[^\n]*?dtype=torch\.b?float16\)|(?:(?!error|\n\n).){0,300}?dtype=torch\.b?float16\)"
+    r"|[^\n]*)",
     re.S,
 )
 TOUCHING = pattern(r"(?<=[\u4e00-\u9fff])(?=[a-z0-9_`])|(?<=[a-z0-9_`])(?=[\u4e00-\u9fff])")

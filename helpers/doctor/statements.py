@@ -40,7 +40,8 @@ SUBJECTS = {
 _TO_HALF = r"['\"]?\s*[=:]\s*['\"]?(?:torch\.)?(?:b?float16|bf16|fp16|half)\b"
 REMEDIES = {
     "flag": r"--(?:bf16|fp16)\b|\b(?:bf16|fp16)['\"]? ?[=:] ?['\"]?true|\bamp ?= ?true|mixed_precision|--precision",
-    "q": r"\b(?:q|query\w*|kv?|key\w*)\b[^\n]{0,12}=\s*\(?[\w.]+\.(?:to|half|bfloat16|type)\(",
+    "q": r"\b(?:q|query\w*|kv?|key\w*)\b[^\n]{0,12}=\s*\(?[\w.]+\.(?:to|half|bfloat16|type)\("
+    r"|\bcast\w* (?:back )?(?:the )?(?:q|query)\b[^\n]{0,30}\bto (?:bf16|fp16|half|b?float16)",
     "compute": SUBJECTS["compute"],
     "load": rf"(?<!compute_)(?:torch_)?dtype{_TO_HALF}|(?<!compute_)\btorch_dtype\b|model_kwargs",
     "autocast": r"\bautocast\w*",
@@ -60,7 +61,7 @@ PROGRAMS = (
 _SUBJECT = pattern("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
 _REMEDY = pattern("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
 _FLOAT = pattern(
-    r"(?<![\w-])(?:float32|fp32|float 32|单精度)(?![\w-])|(?<!logits)(?<!loss)(?<!labels)(?<!scores)\.float\(\)|\bfp32(?=[^\w-])"
+    r"(?<![\w-])(?:float32|float64|fp32|float 32|单精度)(?![\w-])|(?<!logits)(?<!loss)(?<!labels)(?<!scores)\.float\(\)|\bfp32(?=[^\w-])"
     r"|(?:是|成|为|\bto|\bis|\bare|\bas|\bin) ?(?:float|fp32)\b"
 )
 _HALF = pattern(
@@ -69,7 +70,7 @@ _HALF = pattern(
 )
 _EVERY = pattern(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
 _WORKS = pattern(
-    r"\bworks?\b|\bworked\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
+    r"\bworks?\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
     r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通"
 )
@@ -163,8 +164,8 @@ def unwrapped(flat: str) -> str:
     joined, before = lines[:1], lines[0]
     for line in lines[1:]:
         cut = hard and len(before) == columns
-        prose = _is_prose(before) and len(before) > margin - 16 and line[:1].strip() != ""
-        if (cut or prose) and not line.startswith(STARTS) and not before.endswith(ENDS):
+        prose = _is_prose(before) and len(before) > margin - 16 and not _begins(line)
+        if (cut or prose) and not (line.startswith(STARTS) or before.endswith(ENDS)):
             joined[-1] += ("" if cut else " ") + line
         else:
             joined.append(line)
@@ -172,9 +173,14 @@ def unwrapped(flat: str) -> str:
     return "\n".join(joined)
 
 
-NARROWEST, WIDEST = 40, 120
+NARROWEST, MARGIN, WIDEST = 40, 56, 120
 ENDS = (".", ":", "{", "(", "[", ",", "\\")
 STARTS = ("-", "*", ">", "#", "file ", "traceback", "`", "|", "+")
+
+
+def _begins(line: str) -> bool:
+    """Whether a line is the first of something: indented, empty, or the name of an exception."""
+    return not line[:1].strip() or re.match(r"[\w.]{0,60}(?:error|exception)\b", line) is not None
 
 
 def _is_prose(line: str) -> bool:
@@ -183,7 +189,7 @@ def _is_prose(line: str) -> bool:
         and "error:" not in line
         and re.match(r"[\w.,\[\] ]{1,60} ?= ?\S", line) is None
         and not line.startswith((" ", *STARTS))
-        and len(line) >= NARROWEST
+        and len(line) >= MARGIN
     )
 
 
@@ -252,13 +258,13 @@ def _dtypes(sentence: str) -> Iterator[Says]:
 
 
 def _maker(sentence: str, place: int) -> "Optional[str]":
-    """What casts q, where a sentence says so: "the rotary embedding casts query to ..."."""
+    """What makes q so, where a sentence says it: "the rotary embedding casts query to ..."."""
     cast = _CASTS.search(sentence, 0, place)
     made = _about(sentence[: cast.start()], cast.start()) if cast else None
     return made if made in ("norm", "rope", "module", "kbit") else None
 
 
-_CASTS = pattern(r"\b(?:up)?cast\w*|\bconvert\w*|\bturn\w*|\bpromot\w*|转|提升")
+_CASTS = pattern(r"\b(?:up)?cast\w*|\bconvert\w*|\bturn\w*|\bpromot\w*|\bso\b|\btherefore\b|转|提升|所以|导致")
 
 
 def _turned(sentence: str, place: int) -> bool:
