@@ -190,12 +190,12 @@ def read(text: "Union[str, bytes]") -> Evidence:
         listed = edge or "ersion" in flat or "==" in flat
         for name, number in itertools.islice(VERSION.findall(flat) if listed else (), 500):
             versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
-        for name, some in LIBRARIES.items():
-            if name not in libraries and any(x in flat for x in some):
-                libraries[name] = None
+        for library, some in LIBRARIES.items():
+            if library not in libraries and any(x in flat for x in some):
+                libraries[library] = None
         if (edge or "NVIDIA" in piece or "GPU" in piece) and any(card in piece for card in CARDS):
-            for name in GPU.findall(piece)[:50]:
-                gpus[" ".join(name.split()) if name[0].isalpha() else f"RTX {name}"] = None
+            for gpu in GPU.findall(piece)[:50]:
+                gpus[" ".join(gpu.split()) if gpu[0].isalpha() else f"RTX {gpu}"] = None
         if "File " in piece and len(frames) < MOST_FRAMES:
             for match in FRAME.finditer(piece):
                 path, function = match[1] or match[3], match[2] or match[4]
@@ -246,23 +246,9 @@ LIBRARIES = {
     "accelerate": ("accelerate launch", "accelerator."),
 }
 CARDS = (
-    "TX",
-    "rtx",
-    "A1",
-    "A3",
-    "A4",
-    "A6",
-    "A8",
-    "H1",
-    "H2",
-    "H8",
-    "B2",
-    "L2",
-    "L4",
-    "T4",
-    "V100",
+    *("TX", "rtx", "A1", "A3", "A4", "A6", "A8", "H1", "H2", "H8", "B2", "L2", "L4", "T4", "V100"),
+    *("P100", "P40", "MI", "卡", "0 GPU", "0 card"),
 )
-CARDS += ("P100", "P40", "MI", "卡", "0 GPU", "0 card")
 ERRORS = ("Traceback", "Error", "error:", "Exception", "报错", "错误", "crash", "fail")
 
 

@@ -342,6 +342,7 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
         on = evidence.is_on()
         near = _in_autocast(evidence) or (on and _calls_itself(evidence))
         points = 3 if near else 2 if on else 1
+        points = POINTS if evidence.has("imported") else points
         yield Says("kbit-prep", 1 if unsloth else points, why)
         if points == 3:
             yield Says("upcast-module", -1, why)

@@ -264,7 +264,9 @@ def _maker(sentence: str, place: int) -> "Optional[str]":
     return made if made in ("norm", "rope", "module", "kbit") else None
 
 
-_CASTS = pattern(r"\b(?:up)?cast\w*|\bconvert\w*|\bturn\w*|\bpromot\w*|\bso\b|\btherefore\b|转|提升|所以|导致")
+_CASTS = pattern(
+    r"\b(?:up)?cast\w*|\bconvert\w*|\bturn\w*|\bpromot\w*|\bso\b|\btherefore\b|转|提升|所以|导致"
+)
 
 
 def _turned(sentence: str, place: int) -> bool:
@@ -295,7 +297,9 @@ def _works(sentence: str) -> Iterator[Says]:
     elif works and _ALONE.search(sentence):
         yield Says("base", "works", sentence)
     elif (
-        works and (with_ := _WITH.search(sentence)) and (subject := _behind(sentence, with_.end()))
+        works
+        and (with_ := _WITH.search(sentence))
+        and (subject := _behind(sentence, with_.start()))
     ):
         yield Says(subject, "works with", sentence)
     elif cured:
@@ -311,7 +315,7 @@ def _works(sentence: str) -> Iterator[Says]:
 
 def _behind(sentence: str, place: int) -> "Optional[str]":
     """What could be a remedy, soon behind a place in a sentence."""
-    match = _REMEDY.search(sentence, place, place + 60)
+    match = _REMEDY.search(sentence, place, place + 70)
     return match.lastgroup if match else None
 
 

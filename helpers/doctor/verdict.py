@@ -155,7 +155,8 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
     """An error whose message has one cause, unless something else in the text speaks against it."""
     left = _doubted(error, evidence)
     if left:
-        return Verdict(None, False, left, (), True, "ours", (error,))
+        is_failure = not error.entry.get("harmless")
+        return Verdict(None, False, left, (), is_failure, "ours", (error,))
     label = error.entry["cause"]
     used = [error]
     if label in ("flash-attn-missing", "model-on-cpu"):
