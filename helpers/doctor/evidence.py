@@ -175,8 +175,8 @@ def read(text: "Union[str, bytes]") -> Evidence:
             known = signs.get(entry["id"])
             if (known or not edge) and entry["kind"] in ("prose", "code"):
                 continue  # people write before and behind a log, and not in it
-            told = written if entry["kind"] in ("prose", "code") else flat
-            _look(entry, piece, compact if entry["in"] == "compact" else told, at, signs)
+            own = written if entry["kind"] in ("prose", "code") else flat
+            _look(entry, piece, compact if entry["in"] == "compact" else own, at, signs)
         if edge and left > 0:
             part, most = _ends(flat), left
             if len(text) > PIECE:  # what stands behind a log has its share, too
