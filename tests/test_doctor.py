@@ -168,6 +168,14 @@ def test_every_mark_of_a_sign_is_explained_and_read():
 
 
 @pytest.mark.parametrize(
+    "text", ["Does FlashAttention 2 only support fp16 and bf16?", "FlashAttention 只支持 fp16 吗？"]
+)
+def test_a_question_in_general_is_no_failure(text):
+    found = diagnose_text(text)
+    assert (found.cause, found.candidates, found.is_failure) == (None, (), False)
+
+
+@pytest.mark.parametrize(
     ("versions", "keyword"),
     [("transformers 4.44.2", "torch_dtype="), ("transformers==5.22.2", " dtype=")],
 )

@@ -10,7 +10,7 @@ GPU is new enough.
 import re
 from typing import NamedTuple, Optional
 
-from helpers.doctor.data import load
+from helpers.doctor.data import load, pattern
 from helpers.doctor.evidence import Evidence, Sign, guarded
 from helpers.doctor.rules import FLOAT32, FLOAT32_OF, POINTS, RULES, Rule, Says
 from helpers.doctor.words import noted
@@ -68,6 +68,8 @@ def judge(evidence: Evidence) -> Verdict:
     harmless = [sign for sign in signs if sign.entry.get("harmless")]
     ended = [sign for sign in signs if sign.entry.get("ended")]
     shown = foreign or harmless or any(not line.startswith(OURS) for line in evidence.raised)
+    if not evidence.failed:
+        errors = [sign for sign in errors if not ASKED.search(sign.text)]
     if shown and all(error.kind == "prose" for error in errors):
         errors = []  # what is told of is not what happened here
     if not errors and not shown and not ended:
@@ -119,6 +121,10 @@ def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
     )
 
 
+# What is asked of FlashAttention in general.
+ASKED = pattern(
+    r"(?i)^\W*(?:does|do|is|are|can|could|should|will)\b[^\n]*\?\W*$|(?:支持|接受|只能)[^\n]{0,30}吗\W*$"
+)
 OURS = ("AssertionError", "RuntimeError")  # what the checks of flash-attn raise
 
 
