@@ -69,7 +69,8 @@ def judge(evidence: Evidence) -> Verdict:
     ended = [sign for sign in signs if sign.entry.get("ended")]
     shown = foreign or harmless or any(not line.startswith(OURS) for line in evidence.raised)
     if not evidence.failed:
-        errors = [sign for sign in errors if not ASKED.search(sign.text)]
+        asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
+        errors = [sign for sign in errors if sign not in asked or sign.raised]
     if shown and all(error.kind == "prose" for error in errors):
         errors = []  # what is told of is not what happened here
     if not errors and not shown and not ended:
