@@ -42,6 +42,8 @@ def _signs(evidence: Evidence) -> Iterator[Says]:
         if sign.id == "f-evaluate" and evidence.has("harness"):
             continue  # nothing beside it was trained
         for label, points in sign.entry.get("for", {}).items():
+            if sign.id == "c-kbit" and "c-dora" in evidence.signs:
+                points = POINTS  # each is as sure as the other
             made = sign.id in PREPARED and "c-kbit" in evidence.signs and label == "weights-fp32"
             yield Says("kbit-prep" if made else label, points, sign.entry["means"])
         for label in sign.entry.get("against", ()):
@@ -215,6 +217,7 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
         yield Says("weights-fp32", points, noted("A model is loaded without a dtype."))
         return
     half = half and not evidence.says("works with", "load")
+    half = half and not evidence.says("float32", "weights")
     if half and not {"c-load-float32", "c-float-call", "warn-float32"} & evidence.signs.keys():
         yield Says("weights-fp32", -3, noted("Half precision was asked for at load time."))
 
@@ -343,7 +346,8 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
         near = _in_autocast(evidence) or (on and _calls_itself(evidence))
         points = 3 if near else 2 if on else 1
         points = POINTS if evidence.has("imported") else points
-        yield Says("kbit-prep", 1 if unsloth else points, why)
+        if "c-dora" not in evidence.signs:
+            yield Says("kbit-prep", 1 if unsloth else points, why)
         if points == 3:
             yield Says("upcast-module", -1, why)
     config = [c for c in evidence.calls if c.name.endswith("bitsandbytesconfig") and c.whole]
@@ -355,7 +359,9 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
 
 def _floats(evidence: Evidence) -> Iterator[Says]:
     """A line that makes something float32, in a call that is inside autocast."""
-    if evidence.has("floats") and (_in_autocast(evidence) or "p-in-autocast" in evidence.signs):
+    if evidence.has("floats") and evidence.says("float32", "q"):
+        yield Says("upcast-module", POINTS, evidence.signs["c-float-line"].entry["means"])
+    elif evidence.has("floats") and (_in_autocast(evidence) or "p-in-autocast" in evidence.signs):
         yield Says("upcast-module", 3, evidence.signs["c-float-line"].entry["means"])
 
 

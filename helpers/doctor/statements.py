@@ -28,7 +28,7 @@ SUBJECTS = {
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
     "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b(?! layers?)|image_features?|input_features|pixel_values\w*"
     r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed(?! (?:based|from|by|in))|soft[ _]?prompts?"
-    r"|特征|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
+    r"|特征|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\bcollat\w+|\bdata_?loader|\bnumpy\b|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
     "attention": r"attn_implementation|\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
@@ -47,8 +47,8 @@ REMEDIES = {
     "autocast": r"\bautocast\w*",
     "lora": r"\blora\w*(?: \w+)?[^\n]{0,10}(?:\bto\b|成|为) ?(?:bf16|fp16|half|b?float16)\b",
     "norm": r"\w*norms?\b[^\n]{0,30}\.(?:to|half|bfloat16)\(|(?:cast\w*|转)[^\n]{0,20}\w*norms?\b",
-    "input": r"\b\w*(?:feat|embed|latent|pixel|input|mel|image|audio|mask)\w*"
-    r"(?:\s*=\s*[\w.]+)?\.(?:half|bfloat16|to)\(|" + SUBJECTS["input"],
+    "input": r"\b\w*(?:feat|embed|latent|pixel|input|mel|image|audio|mask|batch)\w*"
+    r"(?:\s*=\s*[\w.{: ]{1,40})?\.(?:half|bfloat16|to)\(|" + SUBJECTS["input"],
 }
 HEADLINE = "flashattention only support fp16 and bf16 data type"  # names dtypes, and states none
 PROGRAMS = (
@@ -68,9 +68,11 @@ _HALF = pattern(
     r"(?<![\w-])(?:b?float16|bf16|fp16|half precision|半精度)(?![\w-])|\.half\(\)|\.bfloat16\(\)"
     r"|(?:是|成|为|\bto|\bis|\bare|\bas|\bin) ?half\b"
 )
-_EVERY = pattern(r"\b(?:all|every|everything|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype")
+_EVERY = pattern(
+    r"\b(?:all|every|everything(?! (?:runs?|works?|goes|is fine|trains?|else)\b)|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype"
+)
 _WORKS = pattern(
-    r"\bworks?\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
+    r"\bworks?\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
     r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通"
 )

@@ -96,6 +96,9 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
     if evidence.raised or ended:
         return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
+    if harmless and evidence.has("unrun") and any(_best(sign) > 1 for sign in harmless):
+        left = ("warning-benign", "weights-fp32", "missing-autocast")
+        return Verdict(None, False, left, (), False, "ours", tuple(harmless))
     if harmless:
         label = "warning-benign"
         return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
