@@ -439,6 +439,8 @@ def _look(
                 or GONE.match(text, match.end())
             ):
                 continue
+            if entry["kind"] in ("prose", "code") and _is_only_told(entry, text, match.start()):
+                continue
             spots = [*spots[:1], match.span()]
             if number > SPOTS:
                 break
@@ -451,17 +453,17 @@ def _look(
         signs[entry["id"]] = known._replace(last=last, raised=known.raised or raised)
         return
     quoted = _quote(piece, text[spots[0][0] : spots[0][1]], entry["in"] == "compact")
-    if entry["kind"] in ("warning", "log") and ELSEWHERE.search(quoted):
+    if entry["kind"] in ("warning", "log") and statements.ELSEWHERE.search(quoted):
         return
     signs[entry["id"]] = Sign(entry["id"], entry["kind"], quoted, first, last, entry, raised)
 
 
-# What a person tells of another run, in the line that quotes it.
-ELSEWHERE = pattern(
-    r"(?i)(?:an)?other (?:script|run|machine|project|model)|different (?:script|run)"
-    r"|last (?:week|time)"
-    r"|另一个(?:脚本|项目|模型)|别的(?:脚本|项目|模型)|上周|上次"
-)
+def _is_only_told(entry: "dict[str, Any]", text: str, place: int) -> bool:
+    """Whether what is found at a place is a guess, or of another run."""
+    guess = entry["kind"] == "prose" and "for" in entry and statements.guesses(text, place)
+    return guess or statements.is_of_another(text, place)
+
+
 BEHIND = pattern(r"(?:error|exception)\W{0,3}$")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from helpers.doctor.data import pattern
-from helpers.doctor.evidence import Evidence
+from helpers.doctor.evidence import Evidence, version
 from helpers.doctor.words import noted
 
 POINTS = 4
@@ -212,7 +212,8 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
         if not call.whole or any(word in call.text for word in NAMED):
             continue
         points = 2 if evidence.stage("train") and not evidence.has("off") else POINTS
-        if evidence.has("on") and evidence.stage("train"):
+        follows = version(evidence.versions.get("transformers")) >= (5,)  # the checkpoint's dtype
+        if follows or (evidence.has("on") and evidence.stage("train")):
             points = 1
         yield Says("weights-fp32", points, noted("A model is loaded without a dtype."))
         return

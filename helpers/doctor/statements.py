@@ -146,12 +146,49 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
         count += 1
         if count > most:
             break
+        if ELSEWHERE.search(sentence):
+            continue
         asks = _ASKS.search(sentence)
         if asks:  # a guess or a question states nothing; what stands before its clause may
             sentence = sentence[: max(asks.start(), 0)].rpartition(",")[0]
+        if _TAKEN_BACK.search(sentence):
+            found = [one for one in found if one.what not in TRIED]
         found += _dtypes(sentence)
         found += _works(sentence)
     return found, count
+
+
+TRIED = ("works", "works with", "works without", "fails with")
+
+
+def guesses(flat: str, place: int) -> bool:
+    """Whether the sentence at a place asks or guesses."""
+    return _ASKS.search(_around(flat, place)) is not None
+
+
+def is_of_another(flat: str, place: int) -> bool:
+    """Whether the sentence at a place tells of somebody else, or of another run."""
+    return ELSEWHERE.search(_around(flat, place)) is not None
+
+
+def _around(flat: str, place: int) -> str:
+    start, end = max(place - LONG, 0), place + LONG
+    behind = _ENDS.search(flat, place, end)
+    before = [match.end() for match in _ENDS.finditer(flat, start, place)]
+    return flat[before[-1] if before else start : behind.end() if behind else end]
+
+
+_ENDS = pattern(r"[.!?;](?=\s)|[。！？；\n]")
+ELSEWHERE = pattern(
+    r"\b(?:colleague|friend|co-?worker|teammate)\b[^\n.]{0,40}\b(?:hit|had|got|saw|his|her|their)\b"
+    r"|\bfixed it for (?:him|her|them)\b|\bback then\b|\blast (?:week|month|year|time)\b"
+    r"|(?:an)?other (?:threads?|posts?|script|run|machine|project|model)\b|\bdifferent (?:script|run)\b"
+    r"|上个?(?:月|周|次)|别的(?:机器|模型|项目|脚本)|另一个(?:模型|项目|脚本)",
+    re.I,
+)
+_TAKEN_BACK = pattern(
+    r"\bnot so sure\b|\bscratch that\b|\bnever ?mind\b|\bi was wrong\b|\bspoke too soon\b|收回|说错了|看错了|又不确定"
+)
 
 
 def unwrapped(flat: str) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional
 from helpers.doctor.data import load, pattern
 from helpers.doctor.evidence import Evidence, Sign, guarded
 from helpers.doctor.rules import FLOAT32, FLOAT32_OF, POINTS, RULES, Rule, Says
+from helpers.doctor.statements import ELSEWHERE
 from helpers.doctor.words import noted
 
 LEAD = 2  # a lead of three does with three points
@@ -71,6 +72,8 @@ def judge(evidence: Evidence) -> Verdict:
     if not evidence.failed:
         asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
         errors = [sign for sign in errors if sign not in asked or sign.raised]
+    if foreign:  # of today, while the other may be of another day
+        errors = [sign for sign in errors if not ELSEWHERE.search(sign.text)]
     if shown and all(error.kind == "prose" for error in errors):
         errors = []  # what is told of is not what happened here
     if not errors and not shown and not ended:
@@ -96,9 +99,11 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
     if evidence.raised or ended:
         return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
-    if harmless and evidence.has("unrun") and any(_best(sign) > 1 for sign in harmless):
-        left = ("warning-benign", "weights-fp32", "missing-autocast")
-        return Verdict(None, False, left, (), False, "ours", tuple(harmless))
+    down, unrun = evidence.has("down"), evidence.has("unrun")
+    if (down or unrun) and any(_best(sign) > 1 for sign in harmless):
+        left = ("weights-fp32", "missing-autocast", "warning-benign")
+        left = left if down else (left[2], *left[:2])
+        return Verdict(None, False, left, (), down, "ours", tuple(harmless))
     if harmless:
         label = "warning-benign"
         return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
