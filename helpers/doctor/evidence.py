@@ -460,8 +460,9 @@ def _look(
 
 def _is_only_told(entry: "dict[str, Any]", text: str, place: int) -> bool:
     """Whether what is found at a place is a guess, or of another run."""
-    guess = entry["kind"] == "prose" and "for" in entry and statements.guesses(text, place)
-    return guess or statements.is_of_another(text, place)
+    states = entry["kind"] == "prose" and {"for", "removed"} & entry.keys()
+    guess = states and statements.guesses(text, place)
+    return bool(guess) or statements.is_of_another(text, place)
 
 
 BEHIND = pattern(r"(?:error|exception)\W{0,3}$")

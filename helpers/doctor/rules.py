@@ -219,10 +219,12 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
         return
     half = half and not evidence.says("works with", "load")
     half = half and not evidence.says("float32", "weights")
-    if half and not {"c-load-float32", "c-float-call", "warn-float32"} & evidence.signs.keys():
+    if half and not FLOAT32_SEEN & evidence.signs.keys():
         yield Says("weights-fp32", -3, noted("Half precision was asked for at load time."))
 
 
+# What is float32 whatever a load asked for.
+FLOAT32_SEEN = {"c-load-float32", "c-float-call", "warn-float32", "o-all-float32"}
 NAMED = ("dtype", "quantization_config", "load_in", "bf16", "fp16")  # others speak of these
 
 

@@ -24,11 +24,11 @@ SUBJECTS = {
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
     "norm": r"\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
     "rope": r"\brope\w*|rotary\w*|\bposition(?:al)?[ _]embed\w*|\bpos_?emb\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
-    "module": r"modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
+    "module": r"logit_scale\w*|scale_mul\w*|modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
     "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b(?! layers?)|image_features?|input_features|pixel_values\w*"
     r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed(?! (?:based|from|by|in))|soft[ _]?prompts?"
-    r"|特征|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\bcollat\w+|\bdata_?loader|\bnumpy\b|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
+    r"|特征|\bdescriptors?\b|\bdesc\d\b|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\bcollat\w+|\bdata_?loader|\bnumpy\b|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
     "attention": r"attn_implementation|\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
@@ -74,13 +74,13 @@ _EVERY = pattern(
 _WORKS = pattern(
     r"\bworks?\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
-    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通"
+    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通|通了|\bgreen\b"
 )
 # What is said when a remedy has worked, and seldom of anything else.
 _CURED = pattern(
     r"\bsolved\b|\bthat was it\b|\bworks? now\b|\bnow (?:it )?(?:works?|runs?|trains?)\b|\bdid the trick\b|\bwas enough\b"
     r"|\bis enough\b|\bfixe[sd] (?:it|this|the)\b|\bresolve[sd]?\b|\b(?:error|it) (?:is gone|goes away|went away|disappear\w*)"
-    r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok"
+    r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok|就通了"
 )
 _NOT_WORKS = pattern(
     r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t) (?:\w+ )?(?:work|run|train|help|fine|ok)"
@@ -98,7 +98,7 @@ _ONLY_WITH = pattern(
 )
 _WITH = pattern(
     r"\b(?:add|set|(?<!forward )pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|^\W*with\b|\bif i (?:do|use|run|load)\b"
-    r"|加上|加了|加个|设(?:置|成|为|了)|改成|改为|传(?:入|了)?|指定|换成|包(?:上|了|在)|套(?:上|了)|转成|转换?为|手动"
+    r"|加上|加了|加个|补(?:了|上)|设(?:置|成|为|了)|改成|改为|传(?:入|了)?|指定|换成|包(?:上|了|在)|套(?:上|了)|转成|转换?为|手动"
 )
 
 
@@ -270,6 +270,8 @@ def _about(sentence: str, place: int) -> "Optional[str]":
         if match.start() < place:
             # "the norm's weights" are the norm
             joined = nearest == "norm" and match.lastgroup == "weights" and match.start() - end < 4
+            # "a norm is one of what autocast runs in float32" speaks of the norm
+            joined = joined or (nearest in ("norm", "rope") and match.lastgroup == "autocast")
             nearest, end = (nearest if joined else match.lastgroup), match.end()
         elif nearest is None:
             return match.lastgroup if match.start() - place < 40 else None

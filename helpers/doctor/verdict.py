@@ -97,10 +97,14 @@ def judge(evidence: Evidence) -> Verdict:
     if certain:
         label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
-    if evidence.raised or ended:
+    float32 = any(_best(sign) > 1 for sign in harmless)
+    if evidence.raised or (ended and not float32):
         return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
-    down, unrun = evidence.has("down"), evidence.has("unrun")
-    if (down or unrun) and any(_best(sign) > 1 for sign in harmless):
+    if "warn-fallback" in evidence.signs and evidence.has("wanted"):
+        left = ("flash-attn-missing", "flash-attn-abi-mismatch", "cuda-unavailable", "gpu-too-old")
+        return Verdict(None, False, left, (), False, "ours", tuple(harmless))
+    down, unrun = evidence.has("down") or bool(ended), evidence.has("unrun")
+    if (down or unrun) and float32:
         left = ("weights-fp32", "missing-autocast", "warning-benign")
         left = left if down else (left[2], *left[:2])
         return Verdict(None, False, left, (), down, "ours", tuple(harmless))
@@ -195,7 +199,8 @@ def _doubted(error: Sign, evidence: Evidence) -> "tuple[str, ...]":
     if error.id == "ampere" and evidence.gpus and not any(map(unlike.search, evidence.gpus)):
         return (label, "flash-attn-abi-mismatch", "cuda-unavailable")
     # Older Transformers say so of every package whose import fails, whatever the reason.
-    if "not found in your environment" in error.text.lower() and evidence.has("installed"):
+    swallowed = "not found in your environment" in error.text.lower()
+    if swallowed and evidence.has("installed") and not evidence.has("elsewhere"):
         return ("flash-attn-abi-mismatch", label)
     return ()
 
@@ -218,7 +223,7 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
     if meant and not evidence.says("works with", "load"):
         # Weights for mixed precision are float32 by intention.
         less = points["weights-fp32"] - 3
-        if "f-trainer" in evidence.signs:
+        if evidence.stage("train"):
             less = min(less, points["missing-autocast"] - LEAD)
         points["weights-fp32"] = max(less, 0)
     order = _usual(evidence)
