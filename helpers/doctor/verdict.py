@@ -64,31 +64,18 @@ class Verdict(NamedTuple):
 def judge(evidence: Evidence) -> Verdict:
     """The verdict on a text."""
     signs = sorted(evidence.signs.values(), key=lambda sign: sign.at)
-    errors = [sign for sign in signs if {"cause", "candidates"} & sign.entry.keys()]
     foreign = [sign for sign in signs if sign.kind == "foreign"]
     harmless = [sign for sign in signs if sign.entry.get("harmless")]
     ended = [sign for sign in signs if sign.entry.get("ended")]
     shown = foreign or harmless or any(not line.startswith(OURS) for line in evidence.raised)
-    if not evidence.failed:
-        asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
-        errors = [sign for sign in errors if sign not in asked or sign.raised]
-    if foreign:  # of today, while the other may be of another day
-        errors = [sign for sign in errors if not ELSEWHERE.search(sign.text)]
+    errors = _of_today(evidence, signs, is_foreign=bool(foreign))
     if shown and all(error.kind == "prose" for error in errors):
         errors = []  # what is told of is not what happened here
     if not errors and not shown and not ended:
-        implied = _cut(evidence) or _described(evidence)
-        errors, signs = [*implied], [*signs, *implied]
+        errors = [*(_cut(evidence) or _described(evidence))]
+        signs = [*signs, *errors]
     if errors:
-        errors = [s for s in errors if s.kind != "prose" and "cause" in s.entry] or errors
-        errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
-        error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
-        if _is_bfloat16_on_old_gpu(error, evidence):
-            label = "gpu-too-old"
-            return Verdict(label, True, (label,), LOADED, True, "ours", (error,))
-        if error.entry.get("cause", "").startswith("headline"):
-            return _of_float32(evidence, error, signs)
-        return _of_neighbour(evidence, error, signs)
+        return _of_errors(evidence, errors, signs)
     if evidence.has("checked"):  # whoever was asked to run it had the error
         return _of_float32(evidence, evidence.signs["o-check"], signs)
     if foreign:
@@ -97,17 +84,49 @@ def judge(evidence: Evidence) -> Verdict:
     if certain:
         label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
-    float32 = any(_best(sign) > 1 for sign in harmless)
-    if evidence.raised or (ended and not float32):
+    return _of_warnings(evidence, harmless, ended)
+
+
+def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "list[Sign]":
+    """The errors that are neither asked about in general nor, beside another one, of another day."""
+    errors = [sign for sign in signs if {"cause", "candidates"} & sign.entry.keys()]
+    if not evidence.failed:
+        asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
+        errors = [sign for sign in errors if sign not in asked or sign.raised]
+    if is_foreign:
+        errors = [sign for sign in errors if not ELSEWHERE.search(sign.text)]
+    return errors
+
+
+def _of_errors(evidence: Evidence, errors: "list[Sign]", signs: "list[Sign]") -> Verdict:
+    """The error that says most: by its rank, and of two of one rank the last."""
+    errors = [s for s in errors if s.kind != "prose" and "cause" in s.entry] or errors
+    errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
+    error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
+    if _is_bfloat16_on_old_gpu(error, evidence):
+        label = "gpu-too-old"
+        return Verdict(label, True, (label,), LOADED, True, "ours", (error,))
+    if error.entry.get("cause", "").startswith("headline"):
+        return _of_float32(evidence, error, signs)
+    return _of_neighbour(evidence, error, signs)
+
+
+def _of_warnings(evidence: Evidence, harmless: "list[Sign]", ended: "list[Sign]") -> Verdict:
+    """Where no error is in the text: warnings, which mostly harm nothing."""
+    is_float32 = any(_best(sign) > 1 for sign in harmless)
+    if evidence.raised or (ended and not is_float32):
         return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
+    left: tuple[str, ...] = ()
+    is_down = evidence.has("down") or bool(ended)
     if "warn-fallback" in evidence.signs and evidence.has("wanted"):
         left = ("flash-attn-missing", "flash-attn-abi-mismatch", "cuda-unavailable", "gpu-too-old")
-        return Verdict(None, False, left, (), False, "ours", tuple(harmless))
-    down, unrun = evidence.has("down") or bool(ended), evidence.has("unrun")
-    if (down or unrun) and float32:
+        is_down = False
+    elif is_float32 and is_down:
         left = ("weights-fp32", "missing-autocast", "warning-benign")
-        left = left if down else (left[2], *left[:2])
-        return Verdict(None, False, left, (), down, "ours", tuple(harmless))
+    elif is_float32 and evidence.has("unrun"):
+        left = ("warning-benign", "weights-fp32", "missing-autocast")
+    if left:
+        return Verdict(None, False, left, (), is_down, "ours", tuple(harmless))
     if harmless:
         label = "warning-benign"
         return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
