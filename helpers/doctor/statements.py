@@ -204,7 +204,8 @@ def unwrapped(flat: str) -> str:
     for line in lines[1:]:
         cut = hard and len(before) == columns
         prose = _is_prose(before) and len(before) > margin - 16 and not _begins(line)
-        if (cut or prose) and not (line.startswith(STARTS) or before.endswith(ENDS)):
+        ends = before.endswith(ENDS) and not before.endswith("error:")
+        if (cut or prose) and not (ends or line.startswith(STARTS)):
             joined[-1] += ("" if cut else " ") + line
         else:
             joined.append(line)
@@ -225,8 +226,8 @@ def _begins(line: str) -> bool:
 def _is_prose(line: str) -> bool:
     return (
         line.count(" ") > 4
-        and "error:" not in line
-        and re.match(r"[\w.,\[\] ]{1,60} ?= ?\S", line) is None
+        and re.match(r"\S{0,60}error:|[\w.\[\]]{1,40}(?:, ?[\w.\[\]]{1,40}){0,5} ?= ?\S", line)
+        is None
         and not line.startswith((" ", *STARTS))
         and len(line) >= MARGIN
     )

@@ -88,7 +88,7 @@ def judge(evidence: Evidence) -> Verdict:
 
 
 def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "list[Sign]":
-    """The errors that are neither asked about in general nor, beside another one, of another day."""
+    """The errors that are not asked about in general, nor of another day beside another one."""
     errors = [sign for sign in signs if {"cause", "candidates"} & sign.entry.keys()]
     if not evidence.failed:
         asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
