@@ -124,7 +124,7 @@ def test_what_stands_around_a_message_does_not_hide_it(before, after):
 
 @pytest.mark.parametrize(
     "broken",
-    ["rules._loads", "rules._sentences", "statements.read", "evidence._calls", "text.remedies"],
+    ["rules._loads", "rules._cured", "statements.read", "evidence._calls", "text.remedies"],
 )
 def test_a_bug_in_one_part_does_not_hide_the_others(monkeypatch, caplog, broken):
     module, name = broken.split(".")

@@ -264,67 +264,87 @@ BLAMED = {
     "autocast": "upcast-module",
 }
 
-
 MERGED = pattern(r"\bmerg(?:e|ed|ing)\b|合并")
 
 
-def _sentences(evidence: Evidence) -> Iterator[Says]:
-    """What the person says of dtypes, of what works, and of what does not."""
-    quantised = evidence.is_quantised()
+def _said_float32(evidence: Evidence) -> Iterator[Says]:
+    """What the person says of dtypes."""
     for one in dict.fromkeys(evidence.sentences):
         if one.what in ("float32", "turned") and MERGED.search(one.text):
             yield Says("weights-fp32", POINTS, one.text)
         elif one.what == "float32" and one.subject in FLOAT32_OF:
-            label = FLOAT32_OF[one.subject]
-            part = re.search(r"encoders?\b|towers?\b|proj\w*", one.text.lower())
-            if one.subject == "weights" and evidence.has("embeds") and part:
-                label = "inputs-fp32"  # what comes out of it is what the model gets
-            named = re.search(r"(?<!bnb_4bit_)compute[_ ]dtype", one.text)
-            if one.subject == "compute" and named and not quantised:
-                label = "weights-fp32"  # what a trainer calls the dtype that it loads in
-            prepared = evidence.says("float32", "kbit")
-            if one.subject == "norm" and (prepared or (quantised and "weight" in one.text.lower())):
-                label = "kbit-prep"
+            label = _whose(one.subject, one.text, evidence)
             if label == "weights-fp32" and "c-load-float32" in evidence.signs:
                 continue  # the same fact, seen as code
             yield Says(label, POINTS if label != "weights-fp32" else 3, one.text)
         elif one.what == "turned" and one.subject in ("norm", "rope", "module", "q"):
             yield Says("upcast-module", POINTS, one.text)
-        elif one.what == "works with" and one.subject in CURED:
-            label = CURED[one.subject]
-            label = "kbit-prep" if label == "upcast-module" and quantised else label
-            yield Says(label, 2 * POINTS, one.text)  # an experiment decides
         elif one.what == "all half" and one.subject == "weights":
             yield Says("weights-fp32", -4, one.text)
-        elif one.what in ("works without", "fails with") and one.subject in BLAMED:
+
+
+def _whose(subject: str, text: str, evidence: Evidence) -> str:
+    """The cause of which a sentence speaks that calls a subject float32."""
+    quantised = evidence.is_quantised()
+    part = re.search(r"encoders?\b|towers?\b|proj\w*", text.lower())
+    named = re.search(r"(?<!bnb_4bit_)compute[_ ]dtype", text)
+    if subject == "weights" and evidence.has("embeds") and part:
+        return "inputs-fp32"  # what comes out of it is what the model gets
+    if subject == "compute" and named and not quantised:
+        return "weights-fp32"  # what a trainer calls the dtype that it loads in
+    if subject == "norm":
+        prepared = evidence.says("float32", "kbit") or (quantised and "weight" in text.lower())
+        return "kbit-prep" if prepared else FLOAT32_OF[subject]
+    return FLOAT32_OF[subject]
+
+
+def _cured(evidence: Evidence) -> Iterator[Says]:
+    """What works once something is given: an experiment, which decides."""
+    for one in dict.fromkeys(evidence.sentences):
+        if one.what == "works with" and one.subject in CURED:
+            label = CURED[one.subject]
+            if label == "upcast-module" and evidence.is_quantised():
+                label = "kbit-prep"
+            yield Says(label, 2 * POINTS, one.text)
+
+
+def _blamed(evidence: Evidence) -> Iterator[Says]:
+    """What works without something, or fails only with it."""
+    for one in dict.fromkeys(evidence.sentences):
+        if one.what not in ("works without", "fails with"):
+            continue
+        if one.subject in BLAMED:
             yield Says(BLAMED[one.subject], POINTS, one.text)
-            if one.subject in ("lora", "dora") and one.what == "works without":
-                for label in ("weights-fp32", "missing-autocast"):
-                    yield Says(label, 0, one.text)
-            if one.subject == "autocast":
-                yield Says("missing-autocast", 0, one.text)
-        elif one.what == "works without" and one.subject == "that":
+        if one.subject in ("lora", "dora") and one.what == "works without":
+            yield Says("weights-fp32", 0, one.text)
+            yield Says("missing-autocast", 0, one.text)
+        elif one.subject == "autocast":
+            yield Says("missing-autocast", 0, one.text)
+        elif one.subject == "quant":
+            label = "kbit-prep" if _trained(evidence) else "quantization-compute-dtype"
+            yield Says(label, 2, one.text)
+        elif one.subject == "that" and one.what == "works without":
             if "c-float-call" in evidence.signs:
                 yield Says("weights-fp32", POINTS, one.text)
             elif evidence.has("floats"):
                 yield Says("upcast-module", POINTS, one.text)
             elif evidence.has("lora"):
                 yield Says("adapter-fp32", POINTS, one.text)
-        elif one.what == "works" and one.subject == "full" and evidence.has("lora"):
-            yield Says("adapter-fp32", POINTS, one.text)
-        elif one.what in ("works without", "fails with") and one.subject == "quant":
-            yield Says(
-                "kbit-prep" if _trained(evidence) else "quantization-compute-dtype", 2, one.text
-            )
-        elif one.what == "works" and one.subject == "merged":
-            yield Says("adapter-fp32", POINTS, one.text)
-            yield Says("weights-fp32", 0, one.text)
-        elif one.what == "works" and one.subject == "base" and evidence.has("merged"):
+
+
+def _compared(evidence: Evidence) -> Iterator[Says]:
+    """What works beside what fails: the base model, the whole of it, what was merged, token ids."""
+    for one in dict.fromkeys(evidence.sentences):
+        if one.what != "works":
+            continue
+        if one.subject == "base" and evidence.has("merged"):
             yield Says("weights-fp32", 2, one.text)
-        elif one.what == "works" and one.subject == "base" and evidence.has("lora"):
+        elif one.subject == "merged" or (one.subject == "base" and evidence.has("lora")):
             yield Says("adapter-fp32", POINTS, one.text)
             yield Says("weights-fp32", 0, one.text)
-        elif one.what == "works" and one.subject == "ids" and evidence.has("embeds"):
+        elif one.subject == "full" and evidence.has("lora"):
+            yield Says("adapter-fp32", POINTS, one.text)
+        elif one.subject == "ids" and evidence.has("embeds"):
             yield Says("inputs-fp32", POINTS, one.text)
 
 
@@ -414,7 +434,10 @@ RULES: "tuple[Rule, ...]" = (
     _launch_without_flag,
     _outside_autocast,
     _loads,
-    _sentences,
+    _said_float32,
+    _cured,
+    _blamed,
+    _compared,
     _quantised,
     _floats,
     _twice_the_size,
