@@ -42,6 +42,8 @@ def _signs(evidence: Evidence) -> Iterator[Says]:
         if sign.id == "f-evaluate" and evidence.has("harness"):
             continue  # nothing beside it was trained
         for label, points in sign.entry.get("for", {}).items():
+            if sign.id == "f-accelerate" and "f-autocast" in evidence.signs:
+                continue  # the same fact, seen twice
             if sign.id == "c-kbit" and "c-dora" in evidence.signs:
                 points = POINTS  # each is as sure as the other
             made = sign.id in PREPARED and "c-kbit" in evidence.signs and label == "weights-fp32"
@@ -322,7 +324,7 @@ def _blamed(evidence: Evidence) -> Iterator[Says]:
             yield Says("missing-autocast", 0, one.text)
         elif one.subject == "quant":
             label = "kbit-prep" if _trained(evidence) else "quantization-compute-dtype"
-            yield Says(label, 2, one.text)
+            yield Says(label, 1, one.text)
         elif one.subject == "that" and one.what == "works without":
             if "c-float-call" in evidence.signs:
                 yield Says("weights-fp32", POINTS, one.text)
@@ -384,7 +386,11 @@ def _floats(evidence: Evidence) -> Iterator[Says]:
     """A line that makes something float32, in a call that is inside autocast."""
     if evidence.has("floats") and evidence.says("float32", "q"):
         yield Says("upcast-module", POINTS, evidence.signs["c-float-line"].entry["means"])
-    elif evidence.has("floats") and (_in_autocast(evidence) or "p-in-autocast" in evidence.signs):
+    elif evidence.has("floats") and (
+        _in_autocast(evidence)
+        or "p-in-autocast" in evidence.signs
+        or (evidence.says("half", "weights") and not evidence.has("lora"))
+    ):
         yield Says("upcast-module", 3, evidence.signs["c-float-line"].entry["means"])
 
 

@@ -72,7 +72,7 @@ _EVERY = pattern(
     r"\b(?:all|every|everything(?! (?:runs?|works?|goes|is fine|trains?|else)\b)|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype"
 )
 _WORKS = pattern(
-    r"\bworks?\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns?\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
+    r"\bworks?\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns\b|(?<!\bi )(?<!\bwe )(?<!\bto )\brun\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
     r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通|通了|\bgreen\b"
 )
@@ -89,7 +89,7 @@ _NOT_WORKS = pattern(
 _LEFT_OUT = pattern(
     r"\bwithout\b|\bwith no\b|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
     r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|(?:[:=]|\bto) ?false\b|\binstead of\b|\bnon-"
-    r"|去掉|不加|不用|不挂|不带|关掉|关闭|禁用|注释|删掉|换成|换回|不开|不加载|去除|不做|跳过|卸载|非"
+    r"|去掉|不加|不用|不挂|不带|关掉|关闭|禁用|注释|删掉|换成|换回|不开|不加载|去除|不做|跳过|卸载|非|不量化|未量化|\bunquanti[sz]ed\b"
 )
 _ALONE = pattern(r"\bbase(?: model)?\b|\balone\b|原始|原版|基座|只加载|单独")
 _ONLY_WITH = pattern(
@@ -244,6 +244,11 @@ def _sentences(flat: str) -> Iterator[str]:
             yield from _paired(before, line)
             before = ""
             continue
+        shown = _SHOWN.match(line)
+        if shown:
+            yield from _paired(shown[1], shown[2])
+            before = ""
+            continue
         for sentence in re.split(
             r"(?<=[a-z0-9)`\"'][.!?;])(?=\s|$)|(?<=[。！？；])|(?<=\w), (?=but |and then |so )|,(?=但|不过|可是|然而)",
             line,
@@ -251,6 +256,10 @@ def _sentences(flat: str) -> Iterator[str]:
             if sentence.strip():
                 yield sentence[:LONG]
         before = line
+
+
+# What was asked for, and what was printed in a comment behind it.
+_SHOWN = pattern(r"([^#]*\.dtype[^#]*)#[->= {\[(]*((?:b?float(?:16|32)[\s,})\]]*)+)$")
 
 
 def _paired(asked: str, printed: str) -> Iterator[str]:
@@ -333,7 +342,13 @@ def _works(sentence: str) -> Iterator[Says]:
     if works and left_out:
         subject = _nearest(sentence, left_out.end())
         behind = sentence[left_out.end() :]
-        if re.match(r"\s*(?:those|these|this|that|it|them)\b", behind) or "这行" in sentence:
+        if (
+            re.match(
+                r"\s*(?:those|these|this|that|them|it(?! (?:works?|runs?|ran|trains?|goes|is|was|does|passes)\b))\b",
+                behind,
+            )
+            or "这行" in sentence
+        ):
             subject = None
         yield Says(subject or "that", "works without", sentence)
     elif works and _ALONE.search(sentence):

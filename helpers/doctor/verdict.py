@@ -94,7 +94,7 @@ def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "
         asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
         errors = [sign for sign in errors if sign not in asked or sign.raised]
     if is_foreign:
-        errors = [sign for sign in errors if not ELSEWHERE.search(sign.text)]
+        errors = [s for s in errors if not (ELSEWHERE.search(s.text) or SOLVED.search(s.text))]
     return errors
 
 
@@ -153,6 +153,7 @@ def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
     )
 
 
+SOLVED = pattern(r"(?i)\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了")
 # What is asked of FlashAttention in general.
 ASKED = pattern(
     r"(?i)^\W*(?:does|do|is|are|can|could|should|will)\b[^\n]*\?\W*$|(?:支持|接受|只能)[^\n]{0,30}吗\W*$"
