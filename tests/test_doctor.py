@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import helpers
 from helpers import diagnose
-from helpers.doctor import catalogue, evidence, rules, verdict, words
+from helpers.doctor import catalogue, evidence, rules, statements, verdict, words
 from helpers.doctor.command import main
 from helpers.doctor.share import block, scrub
 from helpers.doctor.text import diagnose_text
@@ -87,6 +87,15 @@ def test_how_a_message_was_carried_changes_nothing(change):
         was, now = diagnose_text(text), diagnose_text(change(text))
         assert (now.cause, now.candidates) == (was.cause, was.candidates)
         assert was.candidates
+
+
+@pytest.mark.parametrize("word", ["float32 ", "q.dtype ", "without ", "是 float32, "])
+def test_no_sentence_is_longer_than_what_is_read_of_one(word):
+    """Sentences are searched once for each dtype in them, which takes the square of their length."""
+    lines = [word * 9000, word * 9000, f"print(q.dtype, k.dtype) # {word * 900}", "float32 " * 900]
+    sentences = [*statements._sentences("\n".join(lines))]
+    assert sentences
+    assert max(map(len, sentences)) <= statements.LONG + len(" float32")
 
 
 def test_a_mail_that_breaks_its_lines_changes_few_answers():

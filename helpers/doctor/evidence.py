@@ -22,7 +22,7 @@ PIECE = 2**19  # characters read at a time
 SHARE = statements.MOST // 3  # sentences of a piece of a longer text
 WORDS = 2**15  # characters at both ends of a piece that are read for sentences
 OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
-SPOTS = 4  # places at which one sign is kept
+SPOTS, MOST_SPOTS = 4, 200  # places at which one sign is kept, and is looked at
 LONG = 160  # characters of a quoted line
 MOST_CALLS, MOST_FRAMES = 500, 5_000  # of one text
 REMEMBERED = 200_000  # lines that are known to be repetitions
@@ -433,7 +433,8 @@ def _look(
         around = text[max(start - 400, 0) : start + 200]
         spots = [(start, start + len(found))] if _pattern(entry["match"]).search(around) else []
     else:
-        for number, match in enumerate(_pattern(entry["match"]).finditer(text)):
+        found_in = _pattern(entry["match"]).finditer(text)
+        for number, match in enumerate(itertools.islice(found_in, MOST_SPOTS)):
             if entry.get("negatable") and (
                 NEGATED.search(text[max(match.start() - 40, 0) : match.start()])
                 or GONE.match(text, match.end())

@@ -268,9 +268,9 @@ def _paired(asked: str, printed: str) -> Iterator[str]:
     dtypes = re.findall(r"b?float(?:16|32)", printed)
     if len(names) == len(dtypes) and names:
         for name, dtype in zip(names, dtypes):
-            yield f"{name} {dtype}"
+            yield f"{name[:LONG]} {dtype}"
     else:
-        yield f"{asked} {printed}"
+        yield f"{asked} {printed}"[:LONG]
 
 
 def _about(sentence: str, place: int) -> "Optional[str]":
