@@ -91,7 +91,7 @@ def test_how_a_message_was_carried_changes_nothing(change):
 
 @pytest.mark.parametrize("word", ["float32 ", "q.dtype ", "without ", "是 float32, "])
 def test_no_sentence_is_longer_than_what_is_read_of_one(word):
-    """Sentences are searched once for each dtype in them, which takes the square of their length."""
+    """Sentences are searched once for each dtype in them: the square of their length."""
     lines = [word * 9000, word * 9000, f"print(q.dtype, k.dtype) # {word * 900}", "float32 " * 900]
     sentences = [*statements._sentences("\n".join(lines))]
     assert sentences
