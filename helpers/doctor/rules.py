@@ -204,7 +204,7 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
     half = evidence.has("half")
     for call in evidence.calls:
         loads = call.name.endswith(("from_pretrained", "from_config")) and not any(
-            word in call.name.replace("autopeft", "auto") for word in MODEL
+            word in call.name.rpartition(".")[0].replace("autopeft", "auto") for word in MODEL
         )
         if not loads and not call.name.endswith(WRAPPERS):
             continue

@@ -22,7 +22,7 @@ SUBJECTS = {
     "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
     "fp8": r"\S*fp8\b",
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
-    "norm": r"\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
+    "norm": r"\bf\.normalize\b|\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
     "rope": r"\brope\w*|rotary\w*|\bposition(?:al)?[ _]embed\w*|\bpos_?emb\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"logit_scale\w*|scale_mul\w*|modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
@@ -31,7 +31,7 @@ SUBJECTS = {
     r"|特征|\bdescriptors?\b|\bdesc\d\b|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\bcollat\w+|\bdata_?loader|\bnumpy\b|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
-    "attention": r"attn_implementation|\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
+    "attention": r"attn_implementation|set_attention_backend|\bsdpa\b|\beager\b|flash[_ -]?att\w*|\bfa2\b|xformers",
     "autocast": r"\bautocast\w*|\bmixed[ _-]precision\b|\bamp\b|混合精度",
     "full": r"full[- ](?:parameter )?fine-?\s?tun\w*|(?:normal|regular|plain|ordinary|standard) tr\w{1,4}ning|full[- ]param\w*|全参数?微?调?|全量微?调?",
     "weights": r"param(?:eter)?s?\b|weights?\b|checkpoints?\b|safetensors|\bmodel\b|state_dict|\bconfig\b"
@@ -240,7 +240,7 @@ def _sentences(flat: str) -> Iterator[str]:
         if not line or line.startswith('file "') or any(words in line for words in PROGRAMS):
             before = ""
             continue
-        if before and re.fullmatch(r"[->= {\[(]*(?:b?float(?:16|32)[\s,})\]]*)+", line):
+        if before and re.fullmatch(r"[#->= {\[(]*(?:b?float(?:16|32)[\s,})\]]*)+", line):
             yield from _paired(before, line)
             before = ""
             continue
