@@ -132,7 +132,9 @@ def _paragraph(line: str) -> str:
 def _inline(line: str) -> str:
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line))
     new_page = 'target="_blank" rel="noopener"'
-    return re.sub(r"&lt;(https://\S+?)&gt;", rf'<a href="\1" {new_page}>\1</a>', text)
+    return re.sub(
+        r"\[([^\[\]]+)\]\((https://\S+?)\)(?=\s|$)", rf'<a href="\2" {new_page}>\1</a>', text
+    )
 
 
 def _title(words: str) -> str:
