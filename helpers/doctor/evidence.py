@@ -20,6 +20,7 @@ from helpers.doctor.data import load, pattern
 T = TypeVar("T")
 PIECE = 2**19  # characters read at a time
 SHARE = statements.MOST // 3  # sentences of a piece of a longer text
+MOST_OWN = 2**17  # characters at an end of a longer text that are read for code and prose
 WORDS = 2**15  # characters at both ends of a piece that are read for sentences
 OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
 SPOTS, MOST_SPOTS = 4, 200  # places at which one sign is kept, and is looked at
@@ -169,14 +170,11 @@ def read(text: "Union[str, bytes]") -> Evidence:
         flat = TORCH.sub("", flat) if "torch." in flat else flat
         letters = letters or bool(compact)
         flat = statements.unwrapped(flat) if edge else flat
-        # The message names dtypes and states none; what is as long keeps every place.
-        written = flat.replace(statements.HEADLINE, "_" * len(statements.HEADLINE))
         for entry in load("signs.json")["signs"]:
-            known = signs.get(entry["id"])
-            if (known or not edge) and entry["kind"] in ("prose", "code"):
-                continue  # people write before and behind a log, and not in it
-            own = written if entry["kind"] in ("prose", "code") else flat
-            _look(entry, piece, compact if entry["in"] == "compact" else own, at, signs)
+            if entry["kind"] not in OWN:
+                _look(entry, piece, compact if entry["in"] == "compact" else flat, at, signs)
+        if edge:  # people write before and behind a log, and not in it
+            _look_at_own(piece, flat, at, signs)
         if edge and left > 0:
             part, most = _ends(flat), left
             if len(text) > PIECE:  # what stands behind a log has its share, too
@@ -191,7 +189,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
         for name, number in itertools.islice(VERSION.findall(flat) if listed else (), 500):
             versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
         for library, some in LIBRARIES.items():
-            if library not in libraries and any(x in flat for x in some):
+            if edge and library not in libraries and any(x in flat for x in some):
                 libraries[library] = None
         if (edge or "NVIDIA" in piece or "GPU" in piece) and any(card in piece for card in CARDS):
             for gpu in GPU.findall(piece)[:50]:
@@ -414,6 +412,23 @@ def _rough(text: "Union[str, bytes]") -> "Iterator[tuple[str, bool]]":
             # In a line without an end the border is read twice.
             tail = piece[-OVERLAP:] if start < len(text) else ""
         yield piece, start == PIECE or start + PIECE >= len(text)
+
+
+OWN = ("prose", "code")  # kinds of signs that people write
+
+
+def _look_at_own(piece: str, flat: str, at: int, signs: "dict[str, Sign]") -> None:
+    """Look for what people write in the first or the last piece of a text."""
+    if len(piece) > MOST_OWN:
+        start = len(piece) - MOST_OWN if at else 0
+        piece, at = piece[start:][:MOST_OWN], at + start
+        flat = flat[-MOST_OWN:] if start else flat[:MOST_OWN]
+    # The message names dtypes and states none; what is as long keeps every place.
+    written = flat.replace(statements.HEADLINE, "_" * len(statements.HEADLINE))
+    compact = _compact(flat)
+    for entry in load("signs.json")["signs"]:
+        if entry["kind"] in OWN and entry["id"] not in signs:
+            _look(entry, piece, compact if entry["in"] == "compact" else written, at, signs)
 
 
 def _look(
