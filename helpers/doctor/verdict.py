@@ -217,7 +217,7 @@ def _doubted(error: Sign, evidence: Evidence) -> "tuple[str, ...]":
     known = load("gpus.json")
     unlike = re.compile(f"{known['before_ampere']}|{known['after_hopper']}", re.I)
     if error.id == "ampere" and evidence.gpus and not any(map(unlike.search, evidence.gpus)):
-        return (label, "flash-attn-abi-mismatch", "cuda-unavailable")
+        return (label, "flash-attn-abi-mismatch")
     # Older Transformers say so of every package whose import fails, whatever the reason.
     swallowed = "not found in your environment" in error.text.lower()
     if swallowed and evidence.has("installed") and not evidence.has("elsewhere"):
