@@ -98,6 +98,18 @@ def test_no_sentence_is_longer_than_what_is_read_of_one(word):
     assert max(map(len, sentences)) <= statements.LONG + len(" float32")
 
 
+@pytest.mark.parametrize("lines", [10, 5_000, 50_000])
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
+def test_what_is_written_around_a_log_of_any_length_is_read(lines, behind):
+    marks = ("".join(chr(97 + (i >> 4 * k) % 16) for k in range(5)) for i in range(lines))
+    log = "".join(f"batch {mark} of the run is done\n" for mark in marks)  # no two lines are one
+    words = "It is DoRA: use_dora=True is set, and without DoRA it works.\n"
+    text = f"{log}{HEADLINE}\n{words}" if behind else f"{words}{log}{HEADLINE}\n"
+    found = diagnose_text(text)
+    assert found.cause == "adapter-fp32"
+    assert "code" in [one.what for one in found.evidence]
+
+
 def test_a_mail_that_breaks_its_lines_changes_few_answers():
     def mailed(line):
         if len(line) <= 72 or line.startswith((" ", "\t")):

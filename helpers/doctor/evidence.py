@@ -20,7 +20,7 @@ from helpers.doctor.data import load, pattern
 T = TypeVar("T")
 PIECE = 2**19  # characters read at a time
 SHARE = statements.MOST // 3  # sentences of a piece of a longer text
-MOST_OWN = 2**17  # characters at an end of a longer text that are read for code and prose
+MOST_OWN = 2**16  # characters at both ends of a piece that are read for code and prose
 WORDS = 2**15  # characters at both ends of a piece that are read for sentences
 OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
 SPOTS, MOST_SPOTS = 4, 200  # places at which one sign is kept, and is looked at
@@ -418,17 +418,18 @@ OWN = ("prose", "code")  # kinds of signs that people write
 
 
 def _look_at_own(piece: str, flat: str, at: int, signs: "dict[str, Sign]") -> None:
-    """Look for what people write in the first or the last piece of a text."""
-    if len(piece) > MOST_OWN:
-        start = len(piece) - MOST_OWN if at else 0
-        piece, at = piece[start:][:MOST_OWN], at + start
-        flat = flat[-MOST_OWN:] if start else flat[:MOST_OWN]
-    # The message names dtypes and states none; what is as long keeps every place.
-    written = flat.replace(statements.HEADLINE, "_" * len(statements.HEADLINE))
-    compact = _compact(flat)
-    for entry in load("signs.json")["signs"]:
-        if entry["kind"] in OWN and entry["id"] not in signs:
-            _look(entry, piece, compact if entry["in"] == "compact" else written, at, signs)
+    """Look for what people write in the first or the last piece of a text: at both of its ends."""
+    parts = [(piece, flat, at)]
+    if len(piece) > 2 * MOST_OWN:
+        parts = [(piece[:MOST_OWN], flat[:MOST_OWN], at)]
+        parts += [(piece[-MOST_OWN:], flat[-MOST_OWN:], at + len(piece) - MOST_OWN)]
+    for part, low, place in parts:
+        # The message names dtypes and states none; what is as long keeps every place.
+        written = low.replace(statements.HEADLINE, "_" * len(statements.HEADLINE))
+        compact = _compact(low)
+        for entry in load("signs.json")["signs"]:
+            if entry["kind"] in OWN and entry["id"] not in signs:
+                _look(entry, part, compact if entry["in"] == "compact" else written, place, signs)
 
 
 def _look(
