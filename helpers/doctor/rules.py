@@ -295,7 +295,8 @@ def _whose(subject: str, text: str, evidence: Evidence) -> str:
     if subject == "compute" and named and not quantised:
         return "weights-fp32"  # what a trainer calls the dtype that it loads in
     if subject == "norm":
-        prepared = evidence.says("float32", "kbit") or (quantised and "weight" in text.lower())
+        prepared = evidence.says("float32", "kbit") or "c-kbit" in evidence.signs
+        prepared = prepared or (quantised and "weight" in text.lower())
         return "kbit-prep" if prepared else FLOAT32_OF[subject]
     return FLOAT32_OF[subject]
 

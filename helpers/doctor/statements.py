@@ -111,7 +111,7 @@ _TURNED = pattern(
 _ASKS = pattern(
     r"\b(?:is it possible|could it be|is it because|might be|may be|maybe|perhaps|i wonder|i suspect|what if|shouldn'?t)\b"
     r"|^\W*(?:should|is|are|does|do|did|can|could|would|will)\b[^\n]*\?\s*$|\bif (?:the|my|its?) [^.,]{0,40}\b(?:were|was)\b"
-    r"|会不会|是不是|难道|有没有可能|可能是|也许|或许|怀疑|[^,，]{0,30}(?:吗|么|呢)\s*[?？]"
+    r"|\bdon'?t know (?:where|which|what)\b|不知道(?:哪里|哪儿|哪个)|会不会|是不是|难道|有没有可能|可能是|也许|或许|怀疑|[^,，]{0,30}(?:吗|么|呢)\s*[?？]"
 )
 # "not float32", "none of them is float32", "cast back before": what stands before a dtype.
 _DENIED = pattern(
@@ -279,7 +279,8 @@ def _about(sentence: str, place: int) -> "Optional[str]":
     for match in _SUBJECT.finditer(sentence):
         if match.start() < place:
             # "the norm's weights" are the norm
-            joined = nearest == "norm" and match.lastgroup == "weights" and match.start() - end < 4
+            near = match.start() - end < 12
+            joined = nearest in ("norm", "module") and match.lastgroup == "weights" and near
             # "a norm is one of what autocast runs in float32" speaks of the norm
             joined = joined or (nearest in ("norm", "rope") and match.lastgroup == "autocast")
             nearest, end = (nearest if joined else match.lastgroup), match.end()
