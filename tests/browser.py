@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,8 +92,10 @@ def _running(runtime: Path, process: "subprocess.Popen[bytes]", log: Path) -> di
     """What the server says about itself once it answers."""
     for _ in range(600):
         for path in runtime.glob("jpserver-*.json"):
-            with contextlib.suppress(ValueError):
-                return json.loads(path.read_text("utf-8"))
+            with contextlib.suppress(ValueError, OSError):
+                server: dict[str, str] = json.loads(path.read_text("utf-8"))
+                with urllib.request.urlopen(f"{server['url']}api", timeout=5):
+                    return server
         if process.poll() is not None:
             break
         time.sleep(0.1)
