@@ -16,6 +16,7 @@ from helpers.doctor import catalogue, command, share, text, words
 from helpers.doctor.share import block, scrub
 from helpers.doctor.text import diagnose_text
 
+ROOT = Path(__file__).parents[1]
 HEADLINE = "RuntimeError: query and key must have the same dtype"
 COMMIT = "0251105a2fb19d2957484b7f023cd8c115286ced"
 
@@ -39,7 +40,7 @@ def ran(*arguments, encoding, locale="C"):
     return subprocess.run(
         [sys.executable, "-m", "helpers.doctor.command", *arguments],
         capture_output=True,
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),  # noqa: PTH100, PTH120
+        cwd=ROOT,
         env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": locale},
     )
 
@@ -63,13 +64,12 @@ def test_a_terminal_gets_colours_and_code_that_can_be_copied(arguments, log):
     import pty
 
     ours, theirs = pty.openpty()
-    where = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "LC_ALL": "C.UTF-8"}
     environment.pop("NO_COLOR", None)
     command = [sys.executable, "-m", "helpers.doctor.command", *arguments]
     with Path(log).open("rb") as asked, os.fdopen(ours, "rb", buffering=0) as terminal:
         with subprocess.Popen(
-            command, stdin=asked, stdout=theirs, cwd=where, env=environment
+            command, stdin=asked, stdout=theirs, cwd=ROOT, env=environment
         ) as running:
             os.close(theirs)
             printed = b""

@@ -212,19 +212,16 @@ def _content(name: str) -> bytes:
     return buffer.read() if buffer is not None else sys.stdin.read().encode("utf-8", "replace")
 
 
-def _show(content: Any, name: str = "show") -> None:
-    """With colour on a terminal, if rich is there; else plain.
-
-    Args:
-        name: of the function of helpers.doctor.terminal that takes this content.
-    """
+def _show(content: Any) -> None:
+    """Print a diagnosis, or a page: with colour on a terminal, if rich is there; else plain."""
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         try:
             from helpers.doctor import terminal
         except ImportError:
             pass
         else:
-            getattr(terminal, name)(content)
+            show = terminal.show_page if isinstance(content, str) else terminal.show
+            show(content)
             return
     print(content)
 
@@ -239,11 +236,10 @@ def _explain(labels: "list[str]", as_json: bool) -> int:
     if as_json:
         told = [catalogue.told(label) for label in labels or catalogue.labels()]
         _print_json(told[0] if labels else told)
+    elif labels:
+        _show(catalogue.page(labels[0]))
     else:
-        if labels:
-            _show(catalogue.page(labels[0]), "show_page")
-        else:
-            print(catalogue.index())
+        print(catalogue.index())
     return 0
 
 

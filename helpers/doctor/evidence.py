@@ -118,6 +118,11 @@ class Evidence(NamedTuple):
             before = before if file.startswith("torch/") else file
         return ""
 
+    def gpus_of(self, *ages: str) -> "list[str]":
+        """The GPUs of these ages, which are keys of gpus.json."""
+        known = load("gpus.json") if self.gpus else {}
+        return [gpu for gpu in self.gpus if any(re.search(known[age], gpu, re.I) for age in ages)]
+
     def stands_in(self) -> bool:
         """Whether the guide's reference kernel refused, which needs no package and no GPU."""
         return any("reference_kernel" in file for file, _ in self.frames)
@@ -188,9 +193,10 @@ def read(text: "Union[str, bytes]") -> Evidence:
         listed = edge or "ersion" in flat or "==" in flat
         for name, number in itertools.islice(VERSION.findall(flat) if listed else (), 500):
             versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
-        for library, some in LIBRARIES.items():
-            if edge and library not in libraries and any(x in flat for x in some):
-                libraries[library] = None
+        if edge:
+            libraries.update(
+                (k, None) for k, any_of in LIBRARIES.items() if any(x in flat for x in any_of)
+            )
         if (edge or "NVIDIA" in piece or "GPU" in piece) and any(card in piece for card in CARDS):
             for gpu in GPU.findall(piece)[:50]:
                 gpus[" ".join(gpu.split()) if gpu[0].isalpha() else f"RTX {gpu}"] = None
@@ -456,7 +462,7 @@ def _look(
                 or GONE.match(text, match.end())
             ):
                 continue
-            if entry["kind"] in ("prose", "code") and _is_only_told(entry, text, match.start()):
+            if entry["kind"] in OWN and _is_only_told(entry, text, match.start()):
                 continue
             spots = [*spots[:1], match.span()]
             if number > SPOTS:
@@ -477,9 +483,10 @@ def _look(
 
 def _is_only_told(entry: "dict[str, Any]", text: str, place: int) -> bool:
     """Whether what is found at a place is a guess, or of another run."""
+    sentence = statements.around(text, place)
     states = entry["kind"] == "prose" and {"for", "removed"} & entry.keys()
-    guess = states and statements.guesses(text, place)
-    return bool(guess) or statements.is_of_another(text, place)
+    guess = states and statements.ASKS.search(sentence)
+    return bool(guess or statements.ELSEWHERE.search(sentence))
 
 
 BEHIND = pattern(r"(?:error|exception)\W{0,3}$")

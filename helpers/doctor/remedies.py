@@ -28,8 +28,8 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
         labels.sort(key=lambda label: label != "cast-qkv-or-module")
     if cause == "matmul-dtype-mismatch" and "c-kbit" in evidence.signs:
         labels = ["undo-kbit-upcast", *labels]
-    last_first = _quantised_by_itself(evidence) or evidence.has("cpu")
-    if cause in ("quantization-compute-dtype", "cuda-unavailable") and last_first:
+    gives_way = _quantised_by_itself(evidence) or evidence.has("cpu")
+    if cause in ("quantization-compute-dtype", "cuda-unavailable") and gives_way:
         labels.sort(key=lambda label: label != "use-other-attention")
     if evidence.is_on() and not evidence.has("predicts"):
         labels = [label for label in labels if label != "enable-mixed-precision"]
@@ -174,8 +174,7 @@ def half_for(evidence: Evidence) -> str:
     else the one that the person's code asks for; bfloat16 if there is none. Where the dtype was
     checked the GPU is new enough, whatever else is named."""
     checked = "dtype-refused" in evidence.signs
-    before = re.compile(load("gpus.json")["before_ampere"], re.I)
-    old = [gpu for gpu in evidence.gpus if before.search(gpu)]
+    old = evidence.gpus_of("before_ampere")
     if old and len(old) == len(evidence.gpus) and not checked:
         return "float16"
     errors = [sign.text for sign in evidence.signs.values() if sign.kind == "error"]

@@ -108,7 +108,7 @@ _TURNED = pattern(
 )
 
 
-_ASKS = pattern(
+ASKS = pattern(
     r"\b(?:is it possible|could it be|is it because|might be|may be|maybe|perhaps|i wonder|i suspect|what if|shouldn'?t)\b"
     r"|^\W*(?:should|is|are|does|do|did|can|could|would|will)\b[^\n]*\?\s*$|\bif (?:the|my|its?) [^.,]{0,40}\b(?:were|was)\b"
     r"|\bdon'?t know (?:where|which|what)\b|不知道(?:哪里|哪儿|哪个)|会不会|是不是|难道|有没有可能|可能是|也许|或许|怀疑|[^,，]{0,30}(?:吗|么|呢)\s*[?？]"
@@ -148,7 +148,7 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
             break
         if ELSEWHERE.search(sentence):
             continue
-        asks = _ASKS.search(sentence)
+        asks = ASKS.search(sentence)
         if asks:  # a guess or a question states nothing; what stands before its clause may
             sentence = sentence[: max(asks.start(), 0)].rpartition(",")[0]
         if _TAKEN_BACK.search(sentence):
@@ -161,17 +161,8 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
 TRIED = ("works", "works with", "works without", "fails with")
 
 
-def guesses(flat: str, place: int) -> bool:
-    """Whether the sentence at a place asks or guesses."""
-    return _ASKS.search(_around(flat, place)) is not None
-
-
-def is_of_another(flat: str, place: int) -> bool:
-    """Whether the sentence at a place tells of somebody else, or of another run."""
-    return ELSEWHERE.search(_around(flat, place)) is not None
-
-
-def _around(flat: str, place: int) -> str:
+def around(flat: str, place: int) -> str:
+    """The sentence at a place."""
     start, end = max(place - LONG, 0), place + LONG
     behind = _ENDS.search(flat, place, end)
     before = [match.end() for match in _ENDS.finditer(flat, start, place)]

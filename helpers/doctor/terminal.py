@@ -8,9 +8,14 @@ from helpers.doctor.plain import lines
 from helpers.doctor.words import say
 
 
+def _console() -> Console:
+    """One that prints what was pasted as it is, and never reads it as markup."""
+    return Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+
+
 def show(diagnosis: Diagnosis) -> None:
-    """Print it. What was pasted is printed as it is, and never read as markup."""
-    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+    """Print a diagnosis."""
+    console = _console()
     colour = "red" if diagnosis.is_failure else "green"
     if not diagnosis.cause:
         colour = "yellow"
@@ -29,7 +34,7 @@ def show(diagnosis: Diagnosis) -> None:
 def show_page(page: str) -> None:
     """Print a page of the catalogue. Not by rich's Markdown, which breaks long lines of code where
     the terminal ends, and what is copied from there is no Python."""
-    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+    console = _console()
     is_code = False
     for line in page.split("\n"):
         if line.startswith("```"):

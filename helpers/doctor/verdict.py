@@ -10,7 +10,7 @@ GPU is new enough.
 import re
 from typing import NamedTuple, Optional
 
-from helpers.doctor.data import load, pattern
+from helpers.doctor.data import pattern
 from helpers.doctor.evidence import Evidence, Sign, guarded
 from helpers.doctor.rules import FLOAT32, FLOAT32_OF, POINTS, RULES, Rule, Says
 from helpers.doctor.statements import ELSEWHERE
@@ -25,8 +25,8 @@ BEFORE_DTYPE = (
     "arch-no-fa2",
 )
 LOADED = ("flash-attn-missing", "flash-attn-abi-mismatch")
-# What an error proves besides its cause: it comes from inside of the package.
-REFUSED = {"headline": BEFORE_DTYPE, "headline-told": ()}  # else LOADED
+REFUSED = {"headline": BEFORE_DTYPE, "headline-told": ()}  # what a refused q proves; else LOADED
+# What another error proves besides its cause: it comes from inside of the package.
 PROVEN: "dict[str, tuple[str, ...]]" = {
     "mixed-qkv-dtype": LOADED,
     "rope-dtype-mismatch": LOADED,
@@ -143,20 +143,19 @@ def _was_raised(sign: Sign, evidence: Evidence) -> bool:
 def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
     """Whether FlashAttention 1, which took bfloat16 from Ampere on and float16 on Turing, refused
     bfloat16 on an older GPU."""
-    old = re.compile(load("gpus.json")["before_ampere"], re.I)
+    if error.id != "dtype-refused-old" or not evidence.gpus_of("before_ampere"):
+        return False
     asked = [sign.text for sign in evidence.signs.values() if sign.entry.get("on")]
     asked += [one.text for one in evidence.sentences if (one.subject, one.what) == ("q", "half")]
-    return (
-        error.id == "dtype-refused-old"
-        and any(map(old.search, evidence.gpus))
-        and any(re.search("bf16|bfloat16", text.lower()) for text in asked)
-    )
+    return any(re.search("bf16|bfloat16", text.lower()) for text in asked)
 
 
-SOLVED = pattern(r"(?i)\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了")
+SOLVED = pattern(r"\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了", re.I)
 # What is asked of FlashAttention in general.
 ASKED = pattern(
-    r"(?i)^\W*(?:does|do|is|are|can|could|should|will)\b[^\n]*\?\W*$|(?:支持|接受|只能)[^\n]{0,30}吗\W*$"
+    r"^\W*(?:does|do|is|are|can|could|should|will)\b[^\n]*\?\W*$"
+    r"|(?:支持|接受|只能)[^\n]{0,30}吗\W*$",
+    re.I,
 )
 OURS = ("AssertionError", "RuntimeError")  # what the checks of flash-attn raise
 
@@ -202,8 +201,7 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
         for sign in signs:  # both are said also where there is no GPU
             if sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3:
                 label, used = "cuda-unavailable", [error, sign]
-    newer = re.compile(load("gpus.json")["after_hopper"], re.I)
-    if label == "gpu-too-old" and any(newer.search(gpu) for gpu in evidence.gpus):
+    if label == "gpu-too-old" and evidence.gpus_of("after_hopper"):
         label = "gpu-arch-not-built"  # flash-attn up to 2.7.2 says so to every GPU it does not know
     out = tuple(x for x in PROVEN.get(label, ()) if x != label)
     return Verdict(label, True, (label,), out, True, "ours", tuple(used))
@@ -214,9 +212,8 @@ def _doubted(error: Sign, evidence: Evidence) -> "tuple[str, ...]":
     if "candidates" in error.entry:
         return tuple(error.entry["candidates"])
     label = error.entry["cause"]
-    known = load("gpus.json")
-    unlike = re.compile(f"{known['before_ampere']}|{known['after_hopper']}", re.I)
-    if error.id == "ampere" and evidence.gpus and not any(map(unlike.search, evidence.gpus)):
+    unlike = evidence.gpus_of("before_ampere", "after_hopper")
+    if error.id == "ampere" and evidence.gpus and not unlike:
         return (label, "flash-attn-abi-mismatch")
     # Older Transformers say so of every package whose import fails, whatever the reason.
     swallowed = "not found in your environment" in error.text.lower()
