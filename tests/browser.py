@@ -46,6 +46,12 @@ READY = """async () => {
   await sessionContext.session.kernel.info;
 """
 RUN_ALL = READY + "await jupyterapp.commands.execute('notebook:run-all-cells'); }"
+# Long notebooks put their cells on the page one after the other, while the browser is idle.
+ALL_ARE_SHOWN = """() => {
+  const { content, context } = jupyterapp.shell.currentWidget ?? {};
+  return context?.isReady
+    && content.node.querySelectorAll(".jp-Cell").length === content.model.cells.length;
+}"""
 ALL_HAVE_RUN = """() => jupyterapp.shell.currentWidget.content.widgets.every(
   ({ model }) => model.type !== "code" || model.executionCount !== null)"""
 RUN_LAST_CODE_CELL = (
@@ -158,6 +164,7 @@ def open_notebook(page: Page, address: str, name: str) -> Locator:
     page.goto(address.format(path=f"notebooks/{name}"))
     notebook = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
     notebook.locator(".jp-Cell").first.wait_for()
+    page.wait_for_function(ALL_ARE_SHOWN)
     return notebook
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import traceback
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -178,14 +179,55 @@ def test_every_label_of_the_data_is_one_of_the_catalogue():
 def test_every_mark_of_a_sign_is_explained_and_read():
     data = evidence.load("signs.json")
     known = {"id", "kind", "in", "any", "match", "near", "negatable", "cause", "rank", "for"}
-    known |= {"against", "means", "what", "harmless", "stage", "candidates"}
+    known |= {"against", "means", "what", "harmless", "stage", "candidates", "given", "unless"}
     carried = {key for sign in data["signs"] for key in sign} - known
     assert carried == set(data["marks"])
     code = "".join(path.read_text("utf-8") for path in DOCTOR.glob("*.py"))
     asked = set(re.findall(r'(?:has|entry\.get)\("(\w+)"\)', code)) - known
-    assert asked == carried
+    others = {x for one in data["signs"] for x in (*one.get("given", ()), *one.get("unless", ()))}
+    assert asked | others & carried == carried
+    said = {f"{what} {subject}" for what in ("float32", "half") for subject in statements.SUBJECTS}
+    assert others <= carried | {sign["id"] for sign in data["signs"]} | said
     stages = {sign["stage"] for sign in data["signs"] if "stage" in sign}
     assert stages == set(re.findall(r'stage\("(\w+)"\)', code))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("RuntimeError: FlashAttention only supports Ampere GPUs or newer.\non an A800", "A800"),
+        (
+            "Requirement already satisfied: flash_attn in /env/site-packages (2.5.7)\nImportError:"
+            " This modeling file requires the following packages that were not found in your"
+            " environment: flash_attn.",
+            "already satisfied: flash_attn",
+        ),
+    ],
+)
+def test_what_makes_a_message_doubtful_is_shown(text, line):
+    found = diagnose_text(text)
+    assert found.cause is None
+    assert "flash-attn-abi-mismatch" in found.candidates
+    assert [line in shown.text for shown in found.evidence] == [False, True]
+
+
+@pytest.mark.parametrize("speech", ["en", "zh-CN"])
+def test_lines_to_run_fit_a_screen(speech):
+    def columns(line):
+        return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in line)
+
+    with words.speaking(speech):
+        checks = {diagnose_text(report["text"]).next_check for report in REPORTS}
+    assert len(checks) > 20
+    assert max(columns(line) for check in checks for line in check.split("\n")) <= 100
+
+
+def test_a_message_is_cut_where_it_does_not_say_what_is_supported():
+    cut = evidence.read("RuntimeError: FlashAttention only supp").signs
+    assert "refusal-cut" in cut
+    for end in ("fp16 and bf16 data type", "fp16", "Ampere GPUs or newer", "bfloat16"):
+        assert "refusal-cut" not in evidence.read(f"FlashAttention only supports {end}").signs
+        assert "refusal-cut" not in evidence.read(f"FlashAttention only support {end}").signs
 
 
 @pytest.mark.parametrize(

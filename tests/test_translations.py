@@ -185,14 +185,15 @@ def english_in(text):
 
 
 def shown(diagnosis):
-    """The lines of a diagnosis, without what was pasted, and of code the comments alone."""
-    code = diagnosis.next_check.split("\n")
+    """The lines of a diagnosis, without what was pasted; of code the comments alone, unwrapped."""
+    code = diagnosis.next_check.replace("\n#   ", " ").split("\n")
     for fix in diagnosis.fixes:
         code += fix.code.split("\n")
     left = {f"    {line}": line.partition("# ")[2] for line in code}
     for one in diagnosis.evidence:
         left.update(dict.fromkeys(f"  {one.what}: {one.text}".split("\n"), ""))
-    page = "\n".join(left.get(line, line) for line in str(diagnosis).split("\n"))
+    lines = str(diagnosis).replace("\n    #   ", " ").split("\n")
+    page = "\n".join(left.get(line, line) for line in lines)
     return page.replace(diagnosis.looks_like, diagnosis.looks_like.partition(": ")[0])
 
 

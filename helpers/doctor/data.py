@@ -28,7 +28,7 @@ class _Late:
 
     def __getattr__(self, name: str) -> Any:
         compiled = re.compile(*self._made)
-        for method in ("search", "match", "fullmatch", "finditer", "findall", "sub"):
+        for method in ("search", "match", "fullmatch", "finditer", "findall", "sub", "split"):
             setattr(self, method, getattr(compiled, method))
         return getattr(compiled, name)
 

@@ -96,6 +96,11 @@ class Evidence(NamedTuple):
         """Whether one of the signs carries this mark."""
         return any(sign.entry.get(mark) for sign in self.signs.values())
 
+    def shows(self, name: str) -> bool:
+        """Whether this is there: a sign, a mark, or "what subject" that a sentence says."""
+        what, _, subject = name.rpartition(" ")
+        return name in self.signs or self.has(name) or self.says(what, subject)
+
     def is_on(self) -> bool:
         """Whether mixed precision is switched on, as far as the text tells."""
         cured = self.says("works with", "flag")  # it was not, before

@@ -39,25 +39,14 @@ Rule = Callable[[Evidence], Iterator[Says]]
 def _signs(evidence: Evidence) -> Iterator[Says]:
     """What the signs say by themselves."""
     for sign in evidence.signs.values():
-        if sign.id == "f-evaluate" and evidence.has("harness"):
-            continue  # nothing beside it was trained
-        for label, points in sign.entry.get("for", {}).items():
-            if sign.id == "f-accelerate" and "f-autocast" in evidence.signs:
-                continue  # the same fact, seen twice
-            if sign.id == "c-kbit" and "c-dora" in evidence.signs:
-                points = POINTS  # each is as sure as the other
-            made = sign.id in PREPARED and "c-kbit" in evidence.signs and label == "weights-fp32"
-            yield Says("kbit-prep" if made else label, points, sign.entry["means"])
-        for label in sign.entry.get("against", ()):
-            if sign.id == "c-params-half" and evidence.says("float32", "weights"):
-                continue  # another part of the model is float32
-            if sign.id == "c-compute-half" and "warn-bnb-compute" in evidence.signs:
-                continue  # it is what mended it
-            yield Says(label, 0, sign.entry["means"])
-
-
-# What is float32 where all weights are, which preparing an unquantised model makes of them.
-PREPARED = ("rescue-float32", "o-all-float32")
+        speaks = sign.entry.get("for", {})
+        for other, instead in sign.entry.get("given", {}).items():
+            speaks = instead if evidence.shows(other) else speaks
+        for label, points in speaks.items():
+            yield Says(label, points, sign.entry["means"])
+        if not any(evidence.shows(other) for other in sign.entry.get("unless", ())):
+            for label in sign.entry.get("against", ()):
+                yield Says(label, 0, sign.entry["means"])
 
 
 def _checked(evidence: Evidence) -> Iterator[Says]:

@@ -169,7 +169,12 @@ def around(flat: str, place: int) -> str:
     return flat[before[-1] if before else start : behind.end() if behind else end]
 
 
-_ENDS = pattern(r"[.!?;](?=\s)|[。！？；\n]")
+_ENDING = r"(?<=[a-z0-9)`\"'][.!?;])(?=\s|$)|(?<=[。！？；\n])"
+_ENDS = pattern(_ENDING)
+# Clauses that state something of their own.
+_PARTS = pattern(
+    _ENDING + r"|(?<=\w), (?=but |and then |so )|,(?=但|不过|可是|然而)",
+)
 ELSEWHERE = pattern(
     r"\b(?:colleague|friend|co-?worker|teammate)\b[^\n.]{0,40}\b(?:hit|had|got|saw|his|her|their)\b"
     r"|\bfixed it for (?:him|her|them)\b|\bback then\b|\blast (?:week|month|year|time)\b"
@@ -240,10 +245,7 @@ def _sentences(flat: str) -> Iterator[str]:
             yield from _paired(shown[1], shown[2])
             before = ""
             continue
-        for sentence in re.split(
-            r"(?<=[a-z0-9)`\"'][.!?;])(?=\s|$)|(?<=[。！？；])|(?<=\w), (?=but |and then |so )|,(?=但|不过|可是|然而)",
-            line,
-        ):
+        for sentence in _PARTS.split(line):
             if sentence.strip():
                 yield sentence[:LONG]
         before = line

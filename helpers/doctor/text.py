@@ -134,8 +134,20 @@ def check(labels: "tuple[str, ...]") -> str:
 
 
 def _explained(lines: "list[str]", shows: "dict[str, str]") -> str:
-    how = [f"# {label}: {say(means)}" for label, means in shows.items()]
+    import textwrap  # not every answer has lines to run
+
+    how: list[str] = []
+    for label, means in shows.items():
+        line = f"{label}: {say(means)}"
+        columns = len(line) + sum(letter > "\u2e7f" for letter in line)  # Chinese takes two each
+        width = WIDEST * len(line) // columns
+        how += textwrap.wrap(
+            line, width, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False
+        )
     return "\n".join([say(lines[0]), *lines[1:], *how])
+
+
+WIDEST = 96  # columns of a comment
 
 
 def title(label: str) -> str:

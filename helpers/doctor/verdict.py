@@ -191,10 +191,10 @@ def _best(sign: Sign) -> int:
 
 def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
     """An error whose message has one cause, unless something else in the text speaks against it."""
-    left = _doubted(error, evidence)
+    left, against = _doubted(error, evidence)
     if left:
         is_failure = not error.entry.get("harmless")
-        return Verdict(None, False, left, (), is_failure, "ours", (error,))
+        return Verdict(None, False, left, (), is_failure, "ours", (error, *against))
     label = error.entry["cause"]
     used = [error]
     if label in ("flash-attn-missing", "model-on-cpu"):
@@ -207,19 +207,23 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
     return Verdict(label, True, (label,), out, True, "ours", tuple(used))
 
 
-def _doubted(error: Sign, evidence: Evidence) -> "tuple[str, ...]":
-    """The causes that are left where a message is cut off, or says what cannot be."""
+def _doubted(error: Sign, evidence: Evidence) -> "tuple[tuple[str, ...], tuple[Sign, ...]]":
+    """The causes that are left where a message is cut off, or where something in the text says that
+    it cannot be; and what says so."""
     if "candidates" in error.entry:
-        return tuple(error.entry["candidates"])
+        return tuple(error.entry["candidates"]), ()
     label = error.entry["cause"]
     unlike = evidence.gpus_of("before_ampere", "after_hopper")
     if error.id == "ampere" and evidence.gpus and not unlike:
-        return (label, "flash-attn-abi-mismatch")
+        means = noted("FlashAttention 2 supports this GPU, so the message does not fit it.")
+        gpu = Sign("gpu", "fact", evidence.gpus[0], 0, 0, {"means": means})
+        return (label, "flash-attn-abi-mismatch"), (gpu,)
     # Older Transformers say so of every package whose import fails, whatever the reason.
     swallowed = "not found in your environment" in error.text.lower()
     if swallowed and evidence.has("installed") and not evidence.has("elsewhere"):
-        return ("flash-attn-abi-mismatch", label)
-    return ()
+        there = tuple(sign for sign in evidence.signs.values() if sign.entry.get("installed"))
+        return ("flash-attn-abi-mismatch", label), there
+    return (), ()
 
 
 def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
