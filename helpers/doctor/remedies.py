@@ -29,8 +29,11 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     if cause == "matmul-dtype-mismatch" and "c-kbit" in evidence.signs:
         labels = ["undo-kbit-upcast", *labels]
     gives_way = _quantised_by_itself(evidence) or evidence.has("cpu")
-    if cause in ("quantization-compute-dtype", "cuda-unavailable") and gives_way:
+    if cause in GIVES_WAY and gives_way:
         labels.sort(key=lambda label: label != "use-other-attention")
+    passed = evidence.has("half") and "c-compute-float" not in evidence.signs
+    if cause == "quantization-compute-dtype" and "c-float8" in evidence.signs and passed:
+        labels = [label for label in labels if label != "pass-dtype"]
     if evidence.is_on() and not evidence.has("predicts"):
         labels = [label for label in labels if label != "enable-mixed-precision"]
     if cause == "weights-fp32" and evidence.has("meant"):
@@ -38,6 +41,10 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     if cast and not evidence.has("merged"):  # what is stored is not to blame
         labels = [label for label in labels if label != "convert-checkpoint"]
     return tuple(remedy(label, cause, evidence, cast=cast) for label in labels)
+
+
+# Without a GPU, or with layers that bring their own dtype, another attention is the way out.
+GIVES_WAY = ("quantization-compute-dtype", "cuda-unavailable", "flash-attn-missing")
 
 
 def beside(evidence: Evidence) -> bool:
@@ -110,7 +117,8 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
 
 def _quantised_by_itself(evidence: Evidence) -> bool:
     """Whether the checkpoint is quantised, and not by bitsandbytes at load time."""
-    return "c-fp8" in evidence.signs and "c-4bit" not in evidence.signs
+    other = {"c-4bit", "c-load-float32"}
+    return "c-fp8" in evidence.signs and not other & evidence.signs.keys()
 
 
 def failing_call(evidence: Evidence) -> str:

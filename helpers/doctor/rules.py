@@ -191,6 +191,13 @@ WRAPPERS = (
 def _loads(evidence: Evidence) -> Iterator[Says]:
     """Loads that are there to their end and name no dtype, or half precision."""
     half = evidence.has("half")
+    by_name = evidence.has("named") and not any(
+        call.name.endswith(TRAINER) and "dtype" in call.text for call in evidence.calls
+    )
+    if by_name:
+        why = noted("The trainer loads the model by its name, and is given no dtype for it.")
+        yield Says("weights-fp32", 2 * POINTS, why)
+        return
     for call in evidence.calls:
         loads = call.name.endswith(("from_pretrained", "from_config")) and not any(
             word in call.name.rpartition(".")[0].replace("autopeft", "auto") for word in MODEL
@@ -277,6 +284,8 @@ def _said_float32(evidence: Evidence) -> Iterator[Says]:
 def _whose(subject: str, text: str, evidence: Evidence) -> str:
     """The cause of which a sentence speaks that calls a subject float32."""
     quantised = evidence.is_quantised()
+    if subject == "weights" and "c-float8" in evidence.signs:
+        return "quantization-compute-dtype"  # it speaks of the scales, or of what they make
     part = re.search(r"encoders?\b|towers?\b|proj\w*", text.lower())
     named = re.search(r"(?<!bnb_4bit_)compute[_ ]dtype", text)
     if subject == "weights" and evidence.has("embeds") and part:
@@ -306,7 +315,8 @@ def _blamed(evidence: Evidence) -> Iterator[Says]:
         if one.what not in ("works without", "fails with"):
             continue
         if one.subject in BLAMED:
-            yield Says(BLAMED[one.subject], POINTS, one.text)
+            prepared = one.subject == "norm" and evidence.is_quantised()
+            yield Says("kbit-prep" if prepared else BLAMED[one.subject], POINTS, one.text)
         if one.subject in ("lora", "dora") and one.what == "works without":
             yield Says("weights-fp32", 0, one.text)
             yield Says("missing-autocast", 0, one.text)
@@ -320,6 +330,8 @@ def _blamed(evidence: Evidence) -> Iterator[Says]:
                 yield Says("weights-fp32", POINTS, one.text)
             elif evidence.has("floats"):
                 yield Says("upcast-module", POINTS, one.text)
+            elif evidence.has("merged"):
+                yield Says("weights-fp32", 2, one.text)
             elif evidence.has("lora"):
                 yield Says("adapter-fp32", POINTS, one.text)
 
@@ -358,7 +370,7 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
         why = noted("Quantised training is prepared, which casts norms and embeddings to float32.")
         unsloth = "unsloth" in evidence.libraries  # prepares in a way of its own
         on = evidence.is_on()
-        near = _in_autocast(evidence) or (on and _calls_itself(evidence))
+        near = _in_autocast(evidence) or _calls_itself(evidence)
         points = 3 if near else 2 if on else 1
         points = POINTS if evidence.has("imported") else points
         if "c-dora" not in evidence.signs:
@@ -374,7 +386,10 @@ def _quantised(evidence: Evidence) -> Iterator[Says]:
 
 def _floats(evidence: Evidence) -> Iterator[Says]:
     """A line that makes something float32, in a call that is inside autocast."""
-    if evidence.has("floats") and evidence.says("float32", "q"):
+    told = [one.text for one in evidence.sentences if (one.subject, one.what) == ("q", "float32")]
+    if told and "p-in-autocast" in evidence.signs:
+        yield Says("upcast-module", POINTS, told[0])
+    elif evidence.has("floats") and told:
         yield Says("upcast-module", POINTS, evidence.signs["c-float-line"].entry["means"])
     elif evidence.has("floats") and (
         _in_autocast(evidence)

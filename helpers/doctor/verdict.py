@@ -117,8 +117,10 @@ def _of_warnings(evidence: Evidence, harmless: "list[Sign]", ended: "list[Sign]"
     if evidence.raised or (ended and not is_float32):
         return Verdict(None, False, (), (), True, "other", (*harmless, *ended))
     left: tuple[str, ...] = ()
-    is_down = evidence.has("down") or bool(ended)
-    if "warn-fallback" in evidence.signs and evidence.has("wanted"):
+    broken_off = bool(evidence.frames) and not evidence.raised
+    is_down = evidence.has("down") or bool(ended) or broken_off
+    wanted = evidence.has("wanted") or evidence.has("installed")
+    if "warn-fallback" in evidence.signs and wanted:
         left = ("flash-attn-missing", "flash-attn-abi-mismatch", "cuda-unavailable", "gpu-too-old")
         is_down = False
     elif is_float32 and is_down:
@@ -127,6 +129,10 @@ def _of_warnings(evidence: Evidence, harmless: "list[Sign]", ended: "list[Sign]"
         left = ("warning-benign", "weights-fp32", "missing-autocast")
     if left:
         return Verdict(None, False, left, (), is_down, "ours", tuple(harmless))
+    slow = [sign for sign in harmless if _best(sign) > POINTS]
+    if slow:  # it says what is wrong, and that it only takes time
+        label = max(slow[-1].entry["for"], key=slow[-1].entry["for"].__getitem__)
+        return Verdict(label, True, (label,), (), False, "ours", tuple(slow))
     if harmless:
         label = "warning-benign"
         return Verdict(label, True, (label,), (), False, "warning", tuple(harmless))
@@ -241,7 +247,10 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
         if one.label in points:
             points[one.label] += one.points
     meant = points.get("missing-autocast", 0) >= POINTS and points.get("weights-fp32", 0) > 0
-    if meant and not evidence.says("works with", "load"):
+    if meant and evidence.has("named"):  # the model was to be half, and nobody said so
+        most = max(points["weights-fp32"] - LEAD, 0)
+        points["missing-autocast"] = min(points["missing-autocast"], most)
+    elif meant and not evidence.says("works with", "load"):
         # Weights for mixed precision are float32 by intention.
         less = points["weights-fp32"] - 3
         if evidence.stage("train"):
