@@ -13,6 +13,7 @@ import sys
 import textwrap
 import traceback
 import unicodedata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,8 @@ def test_every_mark_of_a_sign_is_explained_and_read():
     assert asked | others & carried == carried
     said = {f"{what} {subject}" for what in ("float32", "half") for subject in statements.SUBJECTS}
     assert others <= carried | {sign["id"] for sign in data["signs"]} | said
+    acts = {"cause", "candidates", "for", "against", "harmless", "what", "stage", *data["marks"]}
+    assert [one["id"] for one in data["signs"] if not acts & one.keys()] == []
     stages = {sign["stage"] for sign in data["signs"] if "stage" in sign}
     assert stages == set(re.findall(r'stage\("(\w+)"\)', code))
 
@@ -334,7 +337,29 @@ def test_a_line_without_end_is_cut_at_a_blank_in_a_report():
 def test_no_pattern_of_a_sign_runs_over_a_line_without_end(sign):
     """Two unbounded repetitions of a wide class take the square of a line's length."""
     wide = re.compile(r"(?:\[\^(?:[^\]\\]|\\.)*\]|\\[wWS]|(?<!\\)\.)(?:[*+]|\{\d+,\})")
-    assert wide.findall(sign.get("match", "")) == []
+    assert wide.findall("|".join(sign.get("match", ()))) == []
+
+
+@pytest.fixture(scope="module")
+def read_as():
+    """All posts and phrases in the two forms in which signs look at them."""
+    phrases = json.loads((ROOT / "tests" / "data" / "phrases.json").read_text("utf-8"))["phrases"]
+    forms = {"compact": [], "flat": []}
+    for text in [*(report["text"] for report in REPORTS), *chain(*phrases.values())]:
+        for piece, _ in evidence._pieces(text):
+            flat = evidence._flat(piece)
+            forms["compact"].append(evidence._compact(flat))
+            forms["flat"].append(statements.unwrapped(evidence.TORCH.sub("", flat)))
+    return forms
+
+
+@pytest.mark.parametrize("sign", evidence.load("signs.json")["signs"], ids=lambda sign: sign["id"])
+def test_every_pattern_of_a_sign_is_what_somebody_says(sign, read_as):
+    """A pattern that finds nothing is not read by anybody, and may be wrong."""
+    texts = [t for t in read_as[sign["in"]] if any(words in t for words in sign["any"])]
+    assert texts
+    for alternative in sign.get("match", ()):
+        assert any(re.compile(alternative, re.M).search(text) for text in texts), alternative
 
 
 def test_what_is_no_text_exception_or_model_is_refused():

@@ -458,9 +458,9 @@ def _look(
         # The same line, or the one before, where a long path was broken off.
         start = text.find(found)
         around = text[max(start - 400, 0) : start + 200]
-        spots = [(start, start + len(found))] if _pattern(entry["match"]).search(around) else []
+        spots = [(start, start + len(found))] if _pattern(*entry["match"]).search(around) else []
     else:
-        found_in = _pattern(entry["match"]).finditer(text)
+        found_in = _pattern(*entry["match"]).finditer(text)
         for number, match in enumerate(itertools.islice(found_in, MOST_SPOTS)):
             if entry.get("negatable") and (
                 NEGATED.search(text[max(match.start() - 40, 0) : match.start()])
@@ -505,8 +505,8 @@ GONE = pattern(r"\W{0,3}(?:\([^)\n]{0,40}\))?\W{0,3}(?:注释|去掉|删|was rem
 
 
 @functools.cache
-def _pattern(source: str) -> "re.Pattern[str]":
-    return re.compile(source, re.M)
+def _pattern(*alternatives: str) -> "re.Pattern[str]":
+    return re.compile("|".join(alternatives), re.M)
 
 
 def _as_written(said: "list[statements.Says]", piece: str) -> "Iterator[statements.Says]":
