@@ -147,7 +147,14 @@ def test_what_stands_around_a_message_does_not_hide_it(before, after):
 
 @pytest.mark.parametrize(
     "broken",
-    ["rules._loads", "rules._cured", "statements.read", "evidence._calls", "text.remedies"],
+    [
+        "rules._loads",
+        "rules._cured",
+        "statements.read",
+        "evidence._calls",
+        "text.remedies",
+        "text._next_check",
+    ],
 )
 def test_a_bug_in_one_part_does_not_hide_the_others(monkeypatch, caplog, broken):
     module, name = broken.split(".")
@@ -175,6 +182,13 @@ def test_every_label_of_the_data_is_one_of_the_catalogue():
     assert used <= LABELS
     assert len({sign["id"] for sign in signs}) == len(signs)
     assert {*rules.FLOAT32, *verdict.PROVEN, *verdict.BEFORE_DTYPE} <= LABELS
+
+
+def test_every_set_of_candidates_has_a_check():
+    checks = evidence.load("checks.json")
+    for sign in evidence.load("signs.json")["signs"]:
+        labels = set(sign.get("candidates", ()))
+        assert any(labels <= checks[means].keys() for means in ("stands", "names", "shows")), sign
 
 
 def test_every_mark_of_a_sign_is_explained_and_read():

@@ -326,7 +326,7 @@ RAISED = pattern(
 GPU = pattern(
     r"(?:\b|(?<=[\u4e00-\u9fff]))((?:NVIDIA |Tesla |GeForce |Quadro )*"
     r"(?:(?:RTX|rtx) ?(?:PRO )?(?:A?\d{4}(?: ?(?:Ti|Super|SUPER))*[DSs]?)"
-    r"|[2-5]0[5-9]0 ?(?:[Tt]i|D|s|Super|SUPER)?(?= ?(?:显卡|卡|GPU|gpu|card))"
+    r"|[2-5]0[5-9]0 ?[Tt]i|[2-5]0[5-9]0 ?(?:D|s|Super|SUPER)?(?= ?(?:显卡|卡|GPU|gpu|card))"
     r"|GTX ?\d{3,4}(?: ?Ti)?|A100|A800|A10G?|A30|A40|A6000|H100|H200|H800|H20|B200|GB200|L4|L40S?"
     r"|L20|T4|V100S?|P100|P40|RTX ?6000|MI\d{3}X?)(?![A-Za-z0-9_.+]))"
 )

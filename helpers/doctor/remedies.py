@@ -31,9 +31,10 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     gives_way = _quantised_by_itself(evidence) or evidence.has("cpu")
     if cause in GIVES_WAY and gives_way:
         labels.sort(key=lambda label: label != "use-other-attention")
-    passed = evidence.has("half") and "c-compute-float" not in evidence.signs
-    if cause == "quantization-compute-dtype" and "c-float8" in evidence.signs and passed:
-        labels = [label for label in labels if label != "pass-dtype"]
+    if cause == "quantization-compute-dtype" and _returns_float32(evidence):
+        labels = ["cast-qkv-or-module", *labels, "upgrade-library"]
+        passed = evidence.has("half")
+        labels = [label for label in labels if label != "pass-dtype" or not passed]
     if evidence.is_on() and not evidence.has("predicts"):
         labels = [label for label in labels if label != "enable-mixed-precision"]
     if cause == "weights-fp32" and evidence.has("meant"):
@@ -119,6 +120,11 @@ def _quantised_by_itself(evidence: Evidence) -> bool:
     """Whether the checkpoint is quantised, and not by bitsandbytes at load time."""
     other = {"c-4bit", "c-load-float32"}
     return "c-fp8" in evidence.signs and not other & evidence.signs.keys()
+
+
+def _returns_float32(evidence: Evidence) -> bool:
+    """Whether layers of float8 return float32 of their own, whatever was asked for."""
+    return "c-float8" in evidence.signs and "c-compute-float" not in evidence.signs
 
 
 def failing_call(evidence: Evidence) -> str:

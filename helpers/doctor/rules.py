@@ -153,7 +153,7 @@ def _trains(command: str) -> bool:
             "learning_rate",
             "epochs",
         )
-    ) and not any(word in command for word in ("do_predict", "do_eval ", "inference", "web_demo"))
+    ) and not any(word in command for word in ("do_predict", "inference", "web_demo"))
 
 
 def _outside_autocast(evidence: Evidence) -> Iterator[Says]:
@@ -196,7 +196,8 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
     )
     if by_name:
         why = noted("The trainer loads the model by its name, and is given no dtype for it.")
-        yield Says("weights-fp32", 2 * POINTS, why)
+        whole = all(call.whole for call in evidence.calls if call.name.endswith(TRAINER))
+        yield Says("weights-fp32", 2 * POINTS if whole else 1, why)
         return
     for call in evidence.calls:
         loads = call.name.endswith(("from_pretrained", "from_config")) and not any(
@@ -268,6 +269,8 @@ MERGED = pattern(r"\bmerg(?:e|ed|ing)\b|合并")
 def _said_float32(evidence: Evidence) -> Iterator[Says]:
     """What the person says of dtypes."""
     for one in dict.fromkeys(evidence.sentences):
+        if one.subject == "kbit" and "c-kbit" in evidence.signs:
+            continue  # the same fact, seen as code
         if one.what in ("float32", "turned") and MERGED.search(one.text):
             yield Says("weights-fp32", POINTS, one.text)
         elif one.what == "float32" and one.subject in FLOAT32_OF:
@@ -394,7 +397,10 @@ def _floats(evidence: Evidence) -> Iterator[Says]:
     elif evidence.has("floats") and (
         _in_autocast(evidence)
         or "p-in-autocast" in evidence.signs
-        or (evidence.says("half", "weights") and not evidence.has("lora"))
+        or (
+            (evidence.says("half", "weights") or evidence.says("all half", "weights"))
+            and not evidence.has("lora")
+        )
     ):
         yield Says("upcast-module", 3, evidence.signs["c-float-line"].entry["means"])
 
@@ -410,6 +416,14 @@ def _rescued_before(evidence: Evidence) -> Iterator[Says]:
     """The rescue aimed at half precision before, and at float32 in the end: autocast was left."""
     if evidence.left_autocast():
         yield Says("missing-autocast", 7, noted("Autocast was on before, and is off in this call."))
+
+
+def _only_called(evidence: Evidence) -> Iterator[Says]:
+    """Where nothing is trained, weights that are float32 at load time stay it."""
+    trained = evidence.stage("train") or evidence.stage("eval") or evidence.has("lora")
+    near = _in_autocast(evidence) or "p-in-autocast" in evidence.signs
+    if "warn-float32" in evidence.signs and not (trained or near):
+        yield Says("weights-fp32", 2, noted("Nothing is trained, which would use autocast."))
 
 
 def _calls_itself(evidence: Evidence) -> bool:
@@ -453,6 +467,7 @@ RULES: "tuple[Rule, ...]" = (
     _floats,
     _twice_the_size,
     _rescued_before,
+    _only_called,
     _own_attention,
     _adapter,
 )

@@ -27,7 +27,7 @@ SUBJECTS = {
     "module": r"logit_scale\w*|scale_mul\w*|modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
     "input": r"inputs?_embeds?|prompt_embeds|\bembeds?\b(?! layers?)|image_features?|input_features|pixel_values\w*"
-    r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|precomputed(?! (?:based|from|by|in))|soft[ _]?prompts?"
+    r"|latents?\b|(?:image|audio|vision|video|speech|图像|音频) ?features?|\bdumped\b|precomputed(?! (?:based|from|by|in))|soft[ _]?prompts?"
     r"|特征|\bdescriptors?\b|\bdesc\d\b|\b(?:\w+_)?feats?\b|\.np[yz]\b|\bnpz\b|prefix_\w+|\bcollat\w+|\bdata_?loader|\bnumpy\b|\binput (?:tensors?|embeddings?)|\bthe inputs?\b|输入",
     "ids": r"input_ids|token ids|text[- ]only|纯文本",
     "mode": r"\bevaluat\w*|\bvalidat\w*|\bsampling\b|\bcallback\w*|评估|验证|采样|回调",
@@ -83,8 +83,8 @@ _CURED = pattern(
     r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok|就通了"
 )
 _NOT_WORKS = pattern(
-    r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t) (?:\w+ )?(?:work|run|train|help|fine|ok)"
-    r"|不正常|不可以|不能跑|跑不|没用|不行|没效果|无效|没解决"
+    r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t|haven'?t|hasn'?t) (?:\w+ )?(?:work|run|ran|tr[iy]\w*|train|help|fine|ok)"
+    r"|(?:还没|没有?)\s?(?:试|单独|验证|跑)|不正常|不可以|不能跑|跑不|没用|不行|没效果|无效|没解决"
 )
 _LEFT_OUT = pattern(
     r"\bwithout\b|\bwith no\b|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
@@ -179,6 +179,7 @@ ELSEWHERE = pattern(
     r"\b(?:colleague|friend|co-?worker|teammate)\b[^\n.]{0,40}\b(?:hit|had|got|saw|his|her|their)\b"
     r"|\bfixed it for (?:him|her|them)\b|\bback then\b|\blast (?:week|month|year|time)\b"
     r"|(?:an)?other (?:threads?|posts?|script|run|machine|project|model)\b|\bdifferent (?:script|run)\b"
+    r"|(?:同事|朋友|同学|师兄|别人|他人|有人|网友|楼上)[^\n。,]{0,16}(?:遇到|碰到|也报|说是|的是)|他(?:们)?那(?:边|里)|他的(?:办法|情况|问题)"
     r"|上个?(?:月|周|次)|别的(?:机器|模型|项目|脚本)|另一个(?:模型|项目|脚本)",
     re.I,
 )

@@ -37,7 +37,7 @@ def diagnose_evidence(evidence: Evidence) -> Diagnosis:
         ruled_out=verdict.ruled_out,
         evidence=guarded((), _shown, verdict, evidence),
         fixes=fixes,
-        next_check=_next_check(verdict, evidence),
+        next_check=guarded("", _next_check, verdict, evidence),
         is_failure=verdict.is_failure,
         summary=_summary(verdict),
         looks_like=_looks_like(verdict, evidence),

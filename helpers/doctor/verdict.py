@@ -67,11 +67,12 @@ def judge(evidence: Evidence) -> Verdict:
     foreign = [sign for sign in signs if sign.kind == "foreign"]
     harmless = [sign for sign in signs if sign.entry.get("harmless")]
     ended = [sign for sign in signs if sign.entry.get("ended")]
-    shown = foreign or harmless or any(not line.startswith(OURS) for line in evidence.raised)
+    others = [line for line in evidence.raised if not line.startswith((*OURS, *LAUNCHERS))]
+    shown = foreign or harmless or others
     errors = _of_today(evidence, signs, is_foreign=bool(foreign))
     if shown and all(error.kind == "prose" for error in errors):
         errors = []  # what is told of is not what happened here
-    if not errors and not shown and not ended:
+    if not errors and not shown:
         errors = [*(_cut(evidence) or _described(evidence))]
         signs = [*signs, *errors]
     if errors:
@@ -90,6 +91,7 @@ def judge(evidence: Evidence) -> Verdict:
 def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "list[Sign]":
     """The errors that are not asked about in general, nor of another day beside another one."""
     errors = [sign for sign in signs if {"cause", "candidates"} & sign.entry.keys()]
+    errors = [sign for sign in errors if sign.raised or not CAUGHT.search(sign.text)]
     if not evidence.failed:
         asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
         errors = [sign for sign in errors if sign not in asked or sign.raised]
@@ -156,6 +158,8 @@ def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
     return any(re.search("bf16|bfloat16", text.lower()) for text in asked)
 
 
+# What a program says that goes on with another attention.
+CAUGHT = pattern(r"\bfailed, (?:using|falling back)", re.I)
 SOLVED = pattern(r"\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了", re.I)
 # What is asked of FlashAttention in general.
 ASKED = pattern(
@@ -164,6 +168,8 @@ ASKED = pattern(
     re.I,
 )
 OURS = ("AssertionError", "RuntimeError")  # what the checks of flash-attn raise
+# What launchers say of a program that failed for a reason of its own.
+LAUNCHERS = ("CalledProcessError", "ChildFailedError", "subprocess.", "torch.distributed.elastic")
 
 
 def _described(evidence: Evidence) -> "tuple[Sign, ...]":
@@ -216,11 +222,12 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
 def _doubted(error: Sign, evidence: Evidence) -> "tuple[tuple[str, ...], tuple[Sign, ...]]":
     """The causes that are left where a message is cut off, or where something in the text says that
     it cannot be; and what says so."""
+    fits = evidence.gpus and not evidence.gpus_of("before_ampere", "after_hopper")
     if "candidates" in error.entry:
-        return tuple(error.entry["candidates"]), ()
+        left = (label for label in error.entry["candidates"] if label != "gpu-too-old" or not fits)
+        return tuple(left), ()
     label = error.entry["cause"]
-    unlike = evidence.gpus_of("before_ampere", "after_hopper")
-    if error.id == "ampere" and evidence.gpus and not unlike:
+    if error.id == "ampere" and fits:
         means = noted("FlashAttention 2 supports this GPU, so the message does not fit it.")
         gpu = Sign("gpu", "fact", evidence.gpus[0], 0, 0, {"means": means})
         return (label, "flash-attn-abi-mismatch"), (gpu,)
