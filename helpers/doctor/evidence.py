@@ -316,8 +316,8 @@ FRAME = pattern(
     re.M,
 )
 FAILED = pattern(
-    r"Traceback \(most recent|\b[A-Z]\w{2,30}(?:Error|Exception)\b|\berror:|\bCUDA error|报错|错误"
-    r"|\b(?:crash|fails?|failed)\b|\bError\b",
+    r"Traceback \(most recent|\b[A-Z]\w{2,30}(?:Error|Exception)\b|\berror:|\bCUDA error"
+    r"|(?<![没不有])报错|错误|\b(?:crash|fails?|failed)\b|\bError\b",
 )
 # The last line of a traceback.
 RAISED = pattern(
@@ -542,6 +542,8 @@ CALL = pattern(
     r"|bitsandbytesconfig|crossencoder|sentencetransformer|huggingfaceembeddings|flagreranker"
     r"|flagmodel|pipeline|accelerator|from_config|load_model|fastlanguagemodel\.get_peft_model))\("
 )
+# What casts the model at the end of the line that loads it.
+CAST = pattern(r"(?:\.\w{1,20}\([^()\n]{0,40}\)){0,3}\.(?:half|bfloat16|to)\([^()\n]{0,40}\)")
 REACH = 1200  # characters of one call
 
 
@@ -579,7 +581,8 @@ def _calls(flat: str) -> Iterator[Call]:
             text = inside[:end]
             code = "\n".join(line.partition("#")[0] for line in text.split("\n"))
             whole = end is not None and not re.search(r"\.\.\.|…|\*\*\w", text)
-            yield Call(match[1], code, whole)
+            behind = CAST.match(flat, match.end() + end + 1) if end is not None else None
+            yield Call(match[1], code + behind[0] if behind else code, whole)
 
 
 def _package(path: str) -> str:

@@ -35,6 +35,9 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
         labels = ["cast-qkv-or-module", *labels, "upgrade-library"]
         passed = evidence.has("half")
         labels = [label for label in labels if label != "pass-dtype" or not passed]
+    old = evidence.gpus_of("before_ampere")
+    if cause == "flash-attn-missing" and old and len(old) == len(evidence.gpus):
+        labels = [label for label in labels if label != "install-flash-attn"]
     if evidence.is_on() and not evidence.has("predicts"):
         labels = [label for label in labels if label != "enable-mixed-precision"]
     if cause == "weights-fp32" and evidence.has("meant"):

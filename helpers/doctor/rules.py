@@ -224,7 +224,17 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
 
 # What is float32 whatever a load asked for.
 FLOAT32_SEEN = {"c-load-float32", "c-float-call", "warn-float32", "o-all-float32"}
-NAMED = ("dtype", "quantization_config", "load_in", "bf16", "fp16")  # others speak of these
+# Others speak of these.
+NAMED = (
+    "dtype",
+    "quantization_config",
+    "load_in",
+    "bf16",
+    "fp16",
+    ".half(",
+    "float16(",
+    "float16)",
+)
 
 
 # What a sentence that calls something float32 speaks for.
@@ -421,7 +431,7 @@ def _rescued_before(evidence: Evidence) -> Iterator[Says]:
 def _only_called(evidence: Evidence) -> Iterator[Says]:
     """Where nothing is trained, weights that are float32 at load time stay it."""
     trained = evidence.stage("train") or evidence.stage("eval") or evidence.has("lora")
-    near = _in_autocast(evidence) or "p-in-autocast" in evidence.signs
+    near = _in_autocast(evidence) or {"p-in-autocast", "c-autocast-call"} & evidence.signs.keys()
     if "warn-float32" in evidence.signs and not (trained or near):
         yield Says("weights-fp32", 2, noted("Nothing is trained, which would use autocast."))
 
@@ -439,7 +449,9 @@ def _own_attention(evidence: Evidence) -> Iterator[Says]:
     elif _calls_itself(evidence):
         why = noted("The code that calls FlashAttention is not Transformers', which casts back.")
     if why:
-        yield Says("upcast-module", 2 if _in_autocast(evidence) else 1, why)
+        near = _in_autocast(evidence)
+        half = evidence.has("remote") and evidence.has("half")  # and nothing else to blame
+        yield Says("upcast-module", 2 if near else 3 if half else 1, why)
     elif evidence.has("own"):
         yield Says("upcast-module", 1, evidence.signs["p-own-attention"].entry["means"])
 

@@ -72,7 +72,7 @@ _EVERY = pattern(
     r"\b(?:all|every|everything(?! (?:runs?|works?|goes|is fine|trains?|else)\b)|each)\b|都|全|均|\{p\.dtype for|set\(p\.dtype"
 )
 _WORKS = pattern(
-    r"\bworks?\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns\b|(?<!\bi )(?<!\bwe )(?<!\bto )\brun\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
+    r"\bworks?\b|\ball ?right\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns\b|(?<!\bi )(?<!\bwe )(?<!\bto )\brun\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
     r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通|通了|\bgreen\b"
 )

@@ -15,6 +15,16 @@ FOREIGN = {
     "tokenizer": noted("It looks like a tokenizer that could not be loaded."),
     "files": noted("It looks like files that could not be found or downloaded."),
     "numbers": noted("It looks like numbers that overflowed."),
+    "scaler": noted(
+        "It looks like float16 weights under a gradient scaler: load them in float32, or train in"
+        " bfloat16."
+    ),
+    "numpy": noted(
+        "It looks like a bfloat16 tensor on its way to NumPy: .float() before .numpy()."
+    ),
+    "weights": noted("It looks like attention weights that were asked for (output_attentions)."),
+    "devices": noted("It looks like a model on several GPUs, two of whose tensors met."),
+    "model": noted("It looks like a model that is newer than the installed Transformers."),
     "shapes": noted("It looks like shapes that do not fit each other."),
     "build": noted("It looks like flash-attn failing to compile."),
     "cuda": noted("It looks like a CUDA kernel that failed for another reason than dtypes."),

@@ -159,7 +159,7 @@ def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
 
 
 # What a program says that goes on with another attention.
-CAUGHT = pattern(r"\bfailed, (?:using|falling back)", re.I)
+CAUGHT = pattern(r"\bfailed, (?:using|falling back)|consider installing for better", re.I)
 SOLVED = pattern(r"\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了", re.I)
 # What is asked of FlashAttention in general.
 ASKED = pattern(
@@ -177,7 +177,8 @@ def _described(evidence: Evidence) -> "tuple[Sign, ...]":
     told = [one for one in evidence.sentences if one.what in ("float32", "turned")]
     told = [one for one in told if one.subject in FLOAT32_OF and one.subject != "weights"]
     entry = {"cause": "headline-told", "means": noted("FlashAttention refuses what is float32.")}
-    if not told or not evidence.has("about"):
+    fed = evidence.says("float32", "input") and evidence.says("half", "weights")
+    if not told or not (evidence.has("about") or fed):
         return ()
     return (Sign("p-described", "prose", told[0].text, 0, 0, entry),)
 
