@@ -1,7 +1,9 @@
 """What the evidence says of causes: every rule speaks for itself.
 
-A rule gives labels points or rules them out, and says why; verdict.py adds up. POINTS points decide
-alone.
+A rule gives labels points or rules them out, and says why; verdict.py adds up. The points are a
+scale, set by what people reported and found, not measured: 1 is usual beside a cause, 2 speaks for
+it, 3 decides where nothing speaks for another, 4 (POINTS) is a line that states it, and twice that
+is what was tried or measured. Fewer than 0 speak against, 0 rules out.
 """
 
 import re
