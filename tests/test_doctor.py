@@ -201,7 +201,9 @@ def test_every_mark_of_a_sign_is_explained_and_read():
     asked = set(re.findall(r'(?:has|entry\.get)\("(\w+)"\)', code)) - known
     others = {x for one in data["signs"] for x in (*one.get("given", ()), *one.get("unless", ()))}
     assert asked | others & carried == carried
-    said = {f"{what} {subject}" for what in ("float32", "half") for subject in statements.SUBJECTS}
+    said = {"transformers 5"} | {
+        f"{what} {subject}" for what in ("float32", "half") for subject in statements.SUBJECTS
+    }
     assert others <= carried | {sign["id"] for sign in data["signs"]} | said
     acts = {"cause", "candidates", "for", "against", "harmless", "what", "stage", *data["marks"]}
     assert [one["id"] for one in data["signs"] if not acts & one.keys()] == []
@@ -409,6 +411,16 @@ def test_an_exception_and_its_text_get_the_same_answer():
         ("If the weights were float32 I would understand, but they are bfloat16", "weights-fp32"),
         ("Someone told me to load with torch_dtype=torch.float32, I did not", "weights-fp32"),
         ("weights = torch.tensor(class_weights, dtype=torch.float32)", "weights-fp32"),
+        ("probs = nn.functional.softmax(logits, dim=-1, dtype=torch.float32)", "weights-fp32"),
+        ("x = x.to(dtype=torch.float32)", "weights-fp32"),
+        ("use_bf16: true\nuse_fp16: false", "weights-fp32"),
+        ("crossencoder.py is open in my editor", "weights-fp32"),
+        ('Qwen-7B-Chat", trust_remote_code=True, bf16=True).eval()', "weights-fp32"),
+        ("transformers==5.22.2\nFlash Attention 2 without specifying a dtype", "weights-fp32"),
+        ("I am on Fedora 40 and get this error.", "adapter-fp32"),
+        ("class DatasetAdapter(Dataset):", "adapter-fp32"),
+        ("prepare_model_for_export(model)", "kbit-prep"),
+        ("set_printoptions(precision=32)", "missing-autocast"),
         ("logits = model(**x).logits.float()", "weights-fp32"),
         ("step 10 bf16=0.936 loss=1.2", "missing-autocast"),
         ("I did not pass bf16=True. Loaded with torch_dtype=torch.bfloat16.", "missing-autocast"),

@@ -97,8 +97,11 @@ class Evidence(NamedTuple):
         return any(sign.entry.get(mark) for sign in self.signs.values())
 
     def shows(self, name: str) -> bool:
-        """Whether this is there: a sign, a mark, or "what subject" that a sentence says."""
+        """Whether this is there: a sign, a mark, "what subject" that a sentence says, or this
+        Transformers ("transformers 5") or a later one."""
         what, _, subject = name.rpartition(" ")
+        if what == "transformers":
+            return version(self.versions.get(what)) >= version(subject)
         return name in self.signs or self.has(name) or self.says(what, subject)
 
     def is_on(self) -> bool:
@@ -114,11 +117,15 @@ class Evidence(NamedTuple):
         """Whether the rescue aimed at half precision before, and at float32 in the end."""
         return {"warn-rescued", "rescue-float32"} <= self.signs.keys()
 
+    def ends_in_flash_attn(self) -> bool:
+        """Whether a frame lies inside of the flash_attn package."""
+        return any(map(_is_of_flash_attn, (file for file, _ in self.frames)))
+
     def caller(self) -> str:
         """The file that called the flash_attn package; "" if no frame shows it."""
         before = ""
         for file, _ in self.frames:
-            if file.startswith("flash_attn") or "/flash_attn/" in file:
+            if _is_of_flash_attn(file):
                 return before
             before = before if file.startswith("torch/") else file
         return ""
@@ -137,6 +144,10 @@ class Evidence(NamedTuple):
         if name == "train" and self.has("untrained"):
             return False
         return any(sign.entry.get("stage") == name for sign in self.signs.values())
+
+
+def _is_of_flash_attn(file: str) -> bool:
+    return file.startswith("flash_attn") or "/flash_attn/" in file
 
 
 class Call(NamedTuple):
@@ -298,9 +309,9 @@ ADVICE = pattern(
     re.S,
 )
 TOUCHING = pattern(r"(?<=[\u4e00-\u9fff])(?=[a-z0-9_`])|(?<=[a-z0-9_`])(?=[\u4e00-\u9fff])")
-# A tensor of labels or weights is no model.
+# A tensor of labels or weights is no model, and what an operation returns is none.
 MADE = pattern(
-    r"\b(?:tensor|zeros\w{0,5}|ones\w{0,5}|full\w{0,5}|arange|empty\w{0,5}|linspace|eye)\("
+    r"\b(?:(?:log_)?softmax|sum|mean|norm|cumsum|tensor|zeros\w{0,5}|ones\w{0,5}|full\w{0,5}|arange|empty\w{0,5}|linspace|eye)\("
     r"[^()\n]{0,160}\bdtype ?= ?(?:torch\.)?float(?:32)?\)?"
 )
 # What others are quoted to say.
@@ -489,7 +500,7 @@ def _look(
 def _is_only_told(entry: "dict[str, Any]", text: str, place: int) -> bool:
     """Whether what is found at a place is a guess, or of another run."""
     sentence = statements.around(text, place)
-    states = entry["kind"] == "prose" and {"for", "removed"} & entry.keys()
+    states = entry["kind"] == "prose" and {"for", "removed", "on"} & entry.keys()
     guess = states and statements.ASKS.search(sentence)
     return bool(guess or statements.ELSEWHERE.search(sentence))
 

@@ -35,6 +35,9 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
         labels = ["cast-qkv-or-module", *labels, "upgrade-library"]
         passed = evidence.has("half")
         labels = [label for label in labels if label != "pass-dtype" or not passed]
+    said = evidence.signs["bf16-gpu"].text if "bf16-gpu" in evidence.signs else ""
+    if re.search("float16|dtype=half", said):  # the message says so itself
+        labels = ["pass-dtype", *labels]
     old = evidence.gpus_of("before_ampere")
     if cause == "flash-attn-missing" and old and len(old) == len(evidence.gpus):
         labels = [label for label in labels if label != "install-flash-attn"]
@@ -122,12 +125,14 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
 def _quantised_by_itself(evidence: Evidence) -> bool:
     """Whether the checkpoint is quantised, and not by bitsandbytes at load time."""
     other = {"c-4bit", "c-load-float32"}
-    return "c-fp8" in evidence.signs and not other & evidence.signs.keys()
+    whole = {"c-fp8", "c-fp8-cache"} & evidence.signs.keys()
+    return bool(whole) and not other & evidence.signs.keys()
 
 
 def _returns_float32(evidence: Evidence) -> bool:
     """Whether layers of float8 return float32 of their own, whatever was asked for."""
-    return "c-float8" in evidence.signs and "c-compute-float" not in evidence.signs
+    half = evidence.has("half") or any(one.what == "turned" for one in evidence.sentences)
+    return half and "c-float8" in evidence.signs and "c-compute-float" not in evidence.signs
 
 
 def failing_call(evidence: Evidence) -> str:

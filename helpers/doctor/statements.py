@@ -22,7 +22,7 @@ SUBJECTS = {
     "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
     "fp8": r"\S*fp8\b",
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
-    "norm": r"\bf\.normalize\b|\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|归一化",
+    "norm": r"\bf\.normalize\b|\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|\bapex\b|\bln_?\d\b|归一化",
     "rope": r"\brope\w*|rotary\w*|\bposition(?:al)?[ _]embed\w*|\bpos_?emb\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"logit_scale\w*|scale_mul\w*|modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
@@ -74,7 +74,7 @@ _EVERY = pattern(
 _WORKS = pattern(
     r"\bworks?\b|\ball ?right\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns\b|(?<!\bi )(?<!\bwe )(?<!\bto )\brun\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
-    r"|正常|没问题|没有问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通|通了|\bgreen\b"
+    r"|正常|没问题|没有问题|没有这个问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通|通了|\bgreen\b"
 )
 # What is said when a remedy has worked, and seldom of anything else.
 _CURED = pattern(
@@ -94,7 +94,7 @@ _LEFT_OUT = pattern(
 _ALONE = pattern(r"\bbase(?: model)?\b|\balone\b|原始|原版|基座|只加载|单独")
 _ONLY_WITH = pattern(
     r"\bonly (?:when|with|if|after|the)\b|\bas soon as\b|\bonce i\b|\bthe only (?:change|difference)\b|\bafter (?:adding|enabling|wrapping|attaching)"
-    r"|\bflip (?:it )?to true|只有|一(?:开|加|用|挂|启用|打开)|加上|打开|开启|之后就|后就"
+    r"|\bflip (?:it )?to true|只有|一(?:开|加|用|挂|启用|打开)|加上|打开|开启|之后就|后就|之后才|后才"
 )
 _WITH = pattern(
     r"\b(?:add|set|(?<!forward )pass|cast|wrap|put|convert|chang|switch|us|enabl|specify|mak)(?:ing|t?ed|ped)?\b|^\W*with\b|\bif i (?:do|use|run|load)\b"
@@ -109,7 +109,7 @@ _TURNED = pattern(
 
 
 ASKS = pattern(
-    r"\b(?:is it possible|could it be|is it because|might be|may be|maybe|perhaps|i wonder|i suspect|what if|shouldn'?t)\b"
+    r"\b(?:is it possible|could it be|is it because|might be|may be|maybe|perhaps|i guess|i wonder|i suspect|what if|shouldn'?t)\b"
     r"|^\W*(?:should|is|are|does|do|did|can|could|would|will)\b[^\n]*\?\s*$|\bif (?:the|my|its?) [^.,]{0,40}\b(?:were|was)\b"
     r"|\bdon'?t know (?:where|which|what)\b|不知道(?:哪里|哪儿|哪个)|会不会|是不是|难道|有没有可能|可能是|也许|或许|怀疑|[^,，]{0,30}(?:吗|么|呢)\s*[?？]"
 )
@@ -180,6 +180,7 @@ ELSEWHERE = pattern(
     r"|\bfixed it for (?:him|her|them)\b|\bback then\b|\blast (?:week|month|year|time)\b"
     r"|(?:an)?other (?:threads?|posts?|script|run|machine|project|model)\b|\bdifferent (?:script|run)\b"
     r"|(?:同事|朋友|同学|师兄|别人|他人|有人|网友|楼上)[^\n。,]{0,16}(?:遇到|碰到|也报|说是|的是)|他(?:们)?那(?:边|里)|他的(?:办法|情况|问题)"
+    r"|昨天的(?:配置|版本|脚本)|\byesterday'?s\b"
     r"|上个?(?:月|周|次)|别的(?:机器|模型|项目|脚本)|另一个(?:模型|项目|脚本)",
     re.I,
 )

@@ -159,7 +159,12 @@ def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
 
 
 # What a program says that goes on with another attention.
-CAUGHT = pattern(r"\bfailed, (?:using|falling back)|consider installing for better", re.I)
+CAUGHT = pattern(
+    r"\bfailed, (?:using|falling back)|consider installing for better"
+    r"|\bfall(?:ing|s)? ?back(?:ing)? to\b|must inference with fp32",
+    re.I,
+)
+SWALLOWED = pattern(r"not found in your environment|flash_?att\w* is not installed")
 SOLVED = pattern(r"\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了", re.I)
 # What is asked of FlashAttention in general.
 ASKED = pattern(
@@ -175,7 +180,7 @@ LAUNCHERS = ("CalledProcessError", "ChildFailedError", "subprocess.", "torch.dis
 def _described(evidence: Evidence) -> "tuple[Sign, ...]":
     """What is said to become float32 before FlashAttention, as a sign of the error that follows."""
     told = [one for one in evidence.sentences if one.what in ("float32", "turned")]
-    told = [one for one in told if one.subject in FLOAT32_OF and one.subject != "weights"]
+    told = [one for one in told if one.subject in (*FLOAT32_OF, "q") and one.subject != "weights"]
     entry = {"cause": "headline-told", "means": noted("FlashAttention refuses what is float32.")}
     fed = evidence.says("float32", "input") and evidence.says("half", "weights")
     if not told or not (evidence.has("about") or fed):
@@ -185,7 +190,7 @@ def _described(evidence: Evidence) -> "tuple[Sign, ...]":
 
 def _cut(evidence: Evidence) -> "tuple[Sign, ...]":
     """A traceback that breaks off inside of flash_attn, as a sign."""
-    if not evidence.frames or not evidence.caller():
+    if not evidence.ends_in_flash_attn():
         return ()
     entry = {
         "cause": "headline-cut",
@@ -233,7 +238,7 @@ def _doubted(error: Sign, evidence: Evidence) -> "tuple[tuple[str, ...], tuple[S
         gpu = Sign("gpu", "fact", evidence.gpus[0], 0, 0, {"means": means})
         return (label, "flash-attn-abi-mismatch"), (gpu,)
     # Older Transformers say so of every package whose import fails, whatever the reason.
-    swallowed = "not found in your environment" in error.text.lower()
+    swallowed = SWALLOWED.search(error.text.lower())
     if swallowed and evidence.has("installed") and not evidence.has("elsewhere"):
         there = tuple(sign for sign in evidence.signs.values() if sign.entry.get("installed"))
         return ("flash-attn-abi-mismatch", label), there
@@ -267,7 +272,7 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
     order = _usual(evidence)
     ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
     proven = REFUSED.get(error.entry.get("cause", ""), LOADED)
-    proven = () if evidence.stands_in() else proven
+    proven = () if evidence.stands_in() else LOADED if evidence.has("amd") else proven
     out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
     used = tuple(one for one in signs if one is error or SPEAKS & one.entry.keys())
     lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
