@@ -61,6 +61,8 @@ def test_a_report(report):
         assert (found.cause, found.certain) == (None, False)
         assert len(found.candidates) >= 2
         assert found.next_check
+        assert {fix.cause for fix in found.fixes} <= set(found.candidates)
+        assert len(found.fixes) == len({(fix.label, fix.code) for fix in found.fixes})
     assert not {found.cause, *found.candidates} & set(report["ruled_out"])
     assert found.is_failure is report["is_failure"]
 

@@ -569,7 +569,7 @@ def test_jupyterlab_takes_no_key_from_what_opens_in_a_card(lab, box):
 def test_the_page_of_a_cause_opens_in_place_and_all_causes_beside_the_notebook(lab, box):
     page, _, _ = lab
     diagnose(box, HEADLINE)
-    box.get_by_text("? missing-autocast", exact=True).press("Enter")
+    box.locator("summary", has_text="? missing-autocast: ").press("Enter")
     expect(box.get_by_text(catalogue.entry("missing-autocast")["what"])).to_be_visible()
     box.get_by_role("link", name="All causes").click()
     pages = page.locator(".jp-MarkdownViewer:not(.lm-mod-hidden)")

@@ -236,7 +236,8 @@ def test_the_doctor_of_notebook_07_is_right_about_every_case():
     (post,) = re.findall(r'doctor_panel\("""(.*)"""\)', cells[-1].source, re.S)
     whole, cut = diagnose(post), diagnose(post.rpartition("\n")[0])
     assert (whole.cause, whole.certain) == ("upcast-module", True)
-    assert (cut.cause, cut.fixes) == (None, ())
+    assert cut.cause is None
+    assert {fix.cause for fix in cut.fixes} <= set(cut.candidates)
     assert "upcast-module" in cut.candidates
     assert len(cut.candidates) > 1
     assert cut.next_check

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from IPython.core.interactiveshell import InteractiveShell
 from kernels import get_kernel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 from helpers import checkpoints, diagnose, why
+
+HEADLINE = "RuntimeError: FlashAttention only support fp16 and bf16 data type"
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -284,17 +287,22 @@ def test_the_magic_explains_the_last_exception(monkeypatch):
     InteractiveShell.clear_instance()
 
 
-def checked(model):
+def checked(model, call=lambda model, ids: model(ids)):
     """What the lines print that the doctor asks for, run as they stand."""
-    asked = diagnose("RuntimeError: FlashAttention only support fp16 and bf16 data type")
+    asked = diagnose(HEADLINE)
+    ids = torch.arange(6)[None]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(asked.next_check, {"model": model})
+        for _ in range(2):  # it prints once, and the model runs on as before
+            with contextlib.suppress(RuntimeError):
+                call(model, ids)
+    assert not any(module._forward_pre_hooks for module in model.modules())
     return printed.getvalue()
 
 
 def norms_in_float32(model):
     for name, parameter in model.named_parameters():
-        if "norm" in name or "embed" in name:
+        if "norm" in name or "embed" in name or "lm_head" in name:
             parameter.data = parameter.data.float()
     return model
 
@@ -319,7 +327,7 @@ def with_lora(model):
 @pytest.mark.parametrize("alone", [False, True], ids=["below-the-error", "alone"])
 def test_the_doctor_reads_what_its_own_check_prints(failing, dtype, change, told, label, alone):
     printed = checked(change(failing(dtype)))
-    error = "" if alone else "RuntimeError: FlashAttention only support fp16 and bf16 data type\n"
+    error = "" if alone else f"{HEADLINE}\n"
     found = diagnose(f"{told}\n{error}{printed}")
     assert (found.cause, found.certain) == (label, True)
     assert printed.strip() in [one.text for one in found.evidence]
@@ -335,10 +343,32 @@ def test_a_float32_adapter_is_not_yet_to_blame(failing):
     assert not {"weights-fp32", "missing-autocast", "kbit-prep"} & set(found.candidates)
 
 
-def test_autocast_that_is_set_is_not_denied_by_lines_run_beside_the_step(failing):
-    printed = checked(failing(torch.float32).train())
-    found = diagnose(f"bf16=True is set.\n{printed}")
-    assert (found.cause, found.certain) == (None, False)
+@pytest.mark.parametrize(
+    ("inside", "label"), [(True, "upcast-module"), (False, "missing-autocast")]
+)
+def test_its_own_check_says_autocast_as_the_model_sees_it(failing, inside, label):
+    """accelerate puts the model's forward inside autocast, and what calls it outside."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(failing(torch.float32).train())
+    printed = checked(model if inside else accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+    found = diagnose(f"bf16=True is set.\n{HEADLINE}\n{printed}")
+    assert (found.cause, found.certain) == (label, True)
+    assert "enable-mixed-precision" not in [fix.label for fix in found.fixes]
+
+
+def test_its_own_check_says_that_embeddings_came_as_float32(failing):
+    def call(model, ids):
+        model(inputs_embeds=model.get_input_embeddings()(ids).float())
+
+    found = diagnose(f"{HEADLINE}\n{checked(failing(torch.bfloat16), call)}")
+    assert (found.cause, found.certain) == ("inputs-fp32", True)
+
+
+def test_one_norm_in_float32_is_no_preparation(failing):
+    model = failing(torch.bfloat16)
+    model.model.norm.float()
+    found = diagnose(f"{HEADLINE}\n{checked(model)}")
+    assert (found.cause, found.certain) == ("upcast-module", True)
 
 
 def test_a_model_is_diagnosed_in_chinese_to_the_last_sentence(failing):

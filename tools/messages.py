@@ -50,6 +50,7 @@ SENTENCES = {
     ],
     "checks": [
         "code.0",
+        "code.1",
         "shows.*",
         "adapter.0",
         "works.*",

@@ -28,7 +28,7 @@ def html(diagnosis: Diagnosis, text: str = "", note: str = "") -> str:
     if diagnosis.looks_like:
         parts.append(f"<p>{escape(diagnosis.looks_like)}</p>")
     if diagnosis.cause is None:
-        parts += [_more(label, f"? {label}") for label in diagnosis.candidates]
+        parts += [_more(label, plain.candidate(label)) for label in diagnosis.candidates]
     if diagnosis.evidence:
         parts.append(_title(say("What shows it:")))
         parts.append(_list(map(_shown, diagnosis.evidence)))
@@ -38,7 +38,8 @@ def html(diagnosis: Diagnosis, text: str = "", note: str = "") -> str:
     if diagnosis.next_check:
         title = say("To tell them apart:")
         parts.append(_code(title, title.rstrip(":\uff1a"), diagnosis.next_check))
-    parts += [_fix(number, fix) for number, fix in enumerate(diagnosis.fixes, 1)]
+    for number, fix in enumerate(diagnosis.fixes, 1):
+        parts.append(_fix(plain.heading(number, fix, decided=diagnosis.cause is not None), fix))
     if diagnosis.cause:
         name = diagnosis.cause
         parts.append(_more(name, f"{say('More:')} dtype-doctor explain {name}"))
@@ -68,10 +69,10 @@ def spoken(diagnosis: Diagnosis) -> str:
         what = say("{some} or {last}.").format(some=", ".join(others), last=last)
         what = what if others else last
     said = [_outcome(diagnosis)[1].format(what=what), diagnosis.looks_like]
+    if diagnosis.next_check:
+        said.append(say("Lines that tell them apart follow."))
     if diagnosis.fixes:
         said.append(say("Fixes that follow: {number}.").format(number=len(diagnosis.fixes)))
-    elif diagnosis.next_check:
-        said.append(say("Lines that tell them apart follow."))
     return " ".join(filter(None, said))
 
 
@@ -92,8 +93,7 @@ def _shown(shown: Shown) -> str:
     return f"{escape(shown.what)}: <code>{escape(text)}</code>{means}"
 
 
-def _fix(number: int, fix: Fix) -> str:
-    title = plain.heading(number, fix)
+def _fix(title: str, fix: Fix) -> str:
     return _code(title, fix.title, fix.code) if fix.code else _title(title)
 
 

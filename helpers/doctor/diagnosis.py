@@ -16,20 +16,26 @@ class Shown(NamedTuple):
 
 
 class Fix(NamedTuple):
-    """A remedy: its label, lines to paste, the versions they are for, how safe it is, and which of
-    its forms in fixes.json the lines are."""
+    """A remedy: its label, lines to paste, the versions they are for, how safe it is, which of its
+    forms in fixes.json the lines are, and the cause that it mends."""
 
     label: str
     code: str
     versions: str
     safety: str
     form: str = "default"
+    cause: str = ""
 
     @property
     def title(self) -> str:
         """What is to be done, in a few words."""
         entry = load("fixes.json")["fixes"][self.label]
         return say(entry.get("titles", {}).get(self.form) or entry["title"])
+
+
+def title(label: str) -> str:
+    """What a cause is, in one sentence."""
+    return say(load(f"causes/{label}.json")["title"])
 
 
 class Diagnosis(NamedTuple):
@@ -41,7 +47,8 @@ class Diagnosis(NamedTuple):
         candidates: labels, most likely first.
         ruled_out: labels that the evidence excludes.
         evidence: what was found and what it means.
-        fixes: remedies, best first; none that the evidence rules out.
+        fixes: remedies of the cause, best first; where it is not decided, the best of each
+            candidate. None that the evidence rules out.
         next_check: lines that tell the candidates apart; empty where nothing is left to tell.
         is_failure: whether something failed, or there is only a warning.
         summary: one sentence.

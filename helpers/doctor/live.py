@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Optional
 
-from helpers.doctor.diagnosis import Diagnosis, Shown
+from helpers.doctor.diagnosis import Diagnosis, Shown, title
 from helpers.doctor.evidence import Evidence, read
 from helpers.doctor.frames import (
     FLOAT32,
@@ -22,8 +22,8 @@ from helpers.doctor.frames import (
     is_quantised,
     look,
 )
-from helpers.doctor.remedies import remedies
-from helpers.doctor.text import check, diagnose_evidence, title
+from helpers.doctor.remedies import remedies, remedies_of
+from helpers.doctor.text import check, diagnose_evidence
 from helpers.doctor.words import noted, say, speaking
 
 
@@ -102,7 +102,7 @@ def decided(
         return told._replace(
             cause=None,
             certain=False,
-            fixes=(),
+            fixes=remedies_of(found.labels, evidence),
             next_check=check(found.labels),
             summary=say("The frames do not decide between these causes."),
         )

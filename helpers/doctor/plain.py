@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from helpers.doctor.diagnosis import Diagnosis, Fix
+from helpers.doctor.diagnosis import Diagnosis, Fix, title
 from helpers.doctor.words import say
 
 
@@ -17,7 +17,7 @@ def lines(diagnosis: Diagnosis) -> Iterator[str]:
     if diagnosis.looks_like:
         yield diagnosis.looks_like
     for label in diagnosis.candidates if diagnosis.cause is None else ():
-        yield f"  ? {label}"
+        yield f"  {candidate(label)}"
     if diagnosis.evidence:
         yield ""
         yield say("What shows it:")
@@ -34,7 +34,7 @@ def lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield from (f"    {line}" for line in diagnosis.next_check.split("\n"))
     for number, fix in enumerate(diagnosis.fixes, 1):
         yield ""
-        yield heading(number, fix)
+        yield heading(number, fix, decided=diagnosis.cause is not None)
         yield from (f"    {line}" for line in fix.code.split("\n") if line)
     if diagnosis.cause:
         yield ""
@@ -50,7 +50,14 @@ def headline(diagnosis: Diagnosis) -> str:
     return f"{mark} {diagnosis.cause}: {diagnosis.summary}"
 
 
-def heading(number: int, fix: Fix) -> str:
+def candidate(label: str) -> str:
+    """A cause that is left, in one line."""
+    return f"? {label}: {title(label)}"
+
+
+def heading(number: int, fix: Fix, *, decided: bool) -> str:
     """What stands above the lines of a fix, which are numbered from 1."""
     kind = say("Fix") if number == 1 else say("Or")
+    if not decided:
+        kind = say("If it is {label}").format(label=fix.cause)
     return f"{kind}: {fix.title} [{fix.label}] ({say(fix.safety)}; {fix.versions})"

@@ -50,6 +50,15 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     return tuple(remedy(label, cause, evidence, cast=cast) for label in labels)
 
 
+def remedies_of(candidates: "tuple[str, ...]", evidence: Evidence) -> "tuple[Fix, ...]":
+    """The best fix of each candidate; those of another that are the same are left out."""
+    found: dict[tuple[str, str], Fix] = {}
+    for label in candidates:
+        for fix in remedies(label, evidence)[:1]:
+            found.setdefault((fix.label, fix.code), fix)
+    return tuple(found.values())
+
+
 # Without a GPU, or with layers that bring their own dtype, another attention is the way out.
 GIVES_WAY = ("quantization-compute-dtype", "cuda-unavailable", "flash-attn-missing")
 
@@ -85,7 +94,7 @@ def remedy(label: str, cause: str, evidence: Evidence, *, cast: bool = False) ->
     elif not known:
         versions = say("torch_dtype=, from 4.56 on also dtype=")
     code = "\n".join(map(_commented, lines)).format(**words)
-    return Fix(label, code, versions, entry["safety"], form)
+    return Fix(label, code, versions, entry["safety"], form, cause)
 
 
 def _commented(line: str) -> str:

@@ -53,43 +53,42 @@ def _signs(evidence: Evidence) -> Iterator[Says]:
 
 def _checked(evidence: Evidence) -> Iterator[Says]:
     """What the lines print that the doctor asks for (checks.json); twice what decides, because it
-    was measured."""
+    was measured inside of the call."""
     printed = CHECKED.search(evidence.signs["o-check"].text) if evidence.has("checked") else None
     if printed is None:
         return
-    wide, total, adapters, few = (int(number) for number in printed.groups()[:4])
-    autocast, training = (word.lower() == "true" for word in printed.groups()[4:])
+    wide, total, adapters, few, all_few = (int(number) for number in printed.groups()[:5])
+    autocast, training = (word.lower() == "true" for word in printed.groups()[5:7])
     why = evidence.signs["o-check"].entry["means"]
     for label in ("weights-fp32", "missing-autocast", "kbit-prep", "adapter-fp32"):
         if wide == 0 or (autocast and label == "missing-autocast"):
             yield Says(label, 0, why)
     if wide == 0:
         likely = "quantization-compute-dtype" if evidence.has("quantised") else "upcast-module"
-        yield Says("inputs-fp32" if evidence.has("embeds") else likely, 2 * POINTS, why)
+        given = printed[8].lower() == "float32" or evidence.has("embeds")
+        yield Says("inputs-fp32" if given else likely, 2 * POINTS, why)
     elif wide == adapters:  # PEFT keeps them so, and casts back what they return
         yield Says("weights-fp32", 0, why)
         yield Says("kbit-prep", 0, why)
         yield Says("missing-autocast", 0, why)
         yield Says("adapter-fp32", 3, why)
         yield Says("upcast-module", 2, why)
-    elif wide == adapters + few:
-        yield Says("kbit-prep", 2 * POINTS, why)
+    elif wide == adapters + few:  # all norms are a preparation, one is a choice of the model
+        yield Says("kbit-prep" if few == all_few else "upcast-module", 2 * POINTS, why)
         yield Says("weights-fp32", 0, why)
     elif autocast:
         yield Says("upcast-module", 2 * POINTS, why)
-    elif evidence.is_on():
-        return  # the lines were run outside of the step that fails
     elif wide == total and "c-kbit" in evidence.signs:
         yield Says("kbit-prep", 2 * POINTS, why)
-    elif training or evidence.stage("train") or evidence.stage("eval"):
+    elif training or evidence.is_on() or evidence.stage("train") or evidence.stage("eval"):
         yield Says("missing-autocast", 2 * POINTS, why)
     else:
         yield Says("weights-fp32", 2 * POINTS, why)
 
 
 CHECKED = pattern(
-    r"dtype-doctor: (\d+) of (\d+) weights float32, (\d+) in adapters, (\d+) in norms and"
-    r" embeddings, autocast (true|false) training (true|false)",
+    r"dtype-doctor: (\d+) of (\d+) weights float32, (\d+) in adapters, (\d+) of (\d+) in norms and"
+    r" embeddings, autocast (true|false) training (true|false) inputs (float32|half|none)",
     re.I,
 )
 
@@ -97,6 +96,8 @@ CHECKED = pattern(
 def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     """Where mixed precision is on, only a call beside the training step lies outside autocast."""
     why = noted("Mixed precision is on, and nothing says that the call lies outside of it.")
+    if evidence.has("checked"):
+        return  # it was measured
     if evidence.has("removed"):
         why = evidence.signs["c-removed"].entry["means"]
         yield Says("missing-autocast", POINTS if evidence.stage("train") else 3, why)

@@ -3,9 +3,9 @@
 from typing import Union
 
 from helpers.doctor.data import load
-from helpers.doctor.diagnosis import Diagnosis, Shown
+from helpers.doctor.diagnosis import Diagnosis, Shown, title
 from helpers.doctor.evidence import Evidence, Sign, guarded, read
-from helpers.doctor.remedies import remedies
+from helpers.doctor.remedies import remedies, remedies_of
 from helpers.doctor.verdict import Verdict, judge
 from helpers.doctor.words import noted, say, spoken
 
@@ -39,7 +39,10 @@ def diagnose_text(text: "Union[str, bytes]") -> Diagnosis:
 def diagnose_evidence(evidence: Evidence) -> Diagnosis:
     """What the evidence of a text shows."""
     verdict = judge(evidence)
-    fixes = guarded((), remedies, verdict.cause, evidence) if verdict.cause else ()
+    if verdict.cause:
+        fixes = guarded((), remedies, verdict.cause, evidence)
+    else:
+        fixes = guarded((), remedies_of, verdict.candidates, evidence)
     return Diagnosis(
         cause=verdict.cause,
         certain=verdict.certain,
@@ -154,12 +157,8 @@ def _explained(lines: "list[str]", shows: "dict[str, str]") -> str:
         how += textwrap.wrap(
             line, width, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False
         )
-    return "\n".join([say(lines[0]), *lines[1:], *how])
+    told = (say(line) if line.startswith("# ") else line for line in lines)
+    return "\n".join([*told, *how])
 
 
 WIDEST = 96  # columns of a comment
-
-
-def title(label: str) -> str:
-    """What a cause is, in one sentence."""
-    return say(load(f"causes/{label}.json")["title"])
