@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001  # Chinese has its own punctuation
 
 import ast
+import gzip
 import html
 import importlib
 import json
@@ -139,6 +140,14 @@ def test_any_bytes_get_an_answer(content):
     assert str(found)
 
 
+def test_what_is_no_text_is_called_that(tmp_path):
+    packed = gzip.compress(HEADLINE.encode() * 100 + bytes(range(256)))
+    for content in (packed, Path(sys.executable).read_bytes()[:100_000]):
+        assert "not look like text" in diagnose_text(content).looks_like
+    for name in ("utf-8", "utf-16", "gb18030"):
+        assert diagnose_text("只是一段文字 and nothing more".encode(name)).looks_like == ""
+
+
 @given(st.text(max_size=200), st.text(max_size=200))
 def test_what_stands_around_a_message_does_not_hide_it(before, after):
     found = diagnose_text(f"{before}\n{HEADLINE}\n{after}")
@@ -232,6 +241,17 @@ def test_what_makes_a_message_doubtful_is_shown(text, line):
     assert [line in shown.text for shown in found.evidence] == [False, True]
 
 
+def test_a_gpu_that_cannot_have_raised_the_message_is_named():
+    found = diagnose_text(f"{HEADLINE}\non a T4")
+    (told,) = [one.means for one in found.evidence if one.text == "T4"]
+    assert "does not run on this GPU" in told
+    both = diagnose_text(f"{HEADLINE}\na T4 and an A100")
+    assert not [one for one in both.evidence if "does not run" in one.means]
+    amd = diagnose_text(f"{HEADLINE}\nMI250X, ROCm 6")
+    assert "gpu-too-old" not in amd.ruled_out
+    assert "flash-attn-missing" in amd.ruled_out
+
+
 @pytest.mark.parametrize("speech", ["en", "zh-CN"])
 def test_lines_to_run_fit_a_screen(speech):
     def columns(line):
@@ -252,7 +272,13 @@ def test_a_message_is_cut_where_it_does_not_say_what_is_supported():
 
 
 @pytest.mark.parametrize(
-    "text", ["Does FlashAttention 2 only support fp16 and bf16?", "FlashAttention 只支持 fp16 吗？"]
+    "text",
+    [
+        "Does FlashAttention 2 only support fp16 and bf16?",
+        "FlashAttention 只支持 fp16 吗？",
+        "The docs say: FlashAttention only supports fp16 and bf16. It runs, which do I take?",
+        "现在运行正常，文档上说 flash attention 只支持fp16和bf16，请问选哪个好？",
+    ],
 )
 def test_a_question_in_general_is_no_failure(text):
     found = diagnose_text(text)
@@ -326,9 +352,15 @@ def test_a_report_block_has_nothing_of_the_person():
         "File /home/anna/x.py hf_abcdefghijklmnopqrst anna@example.org C:\\Users\\Anna\\y.py"
         " token=s3cr3tvalue host: gpu-17.cluster https://anna:pw@example.org 10.1.2.3"
     )
+    text += (
+        " host gpu31.internal.acme.com db.acme.com:3306 my password is hunter2xyz 密码是 geheim99"
+    )
+    text += " https://hooks.slack.com/services/T0A1/B0C2/zYxWv https://github.com:443/x torch.io"
     cleaned = scrub(text).lower()
-    for word in ("anna", "abcdefghij", "s3cr3t", "gpu-17", "10.1.2.3"):
+    for word in ("anna", "abcdefghij", "s3cr3t", "gpu-17", "10.1.2.3", "acme", "hunter2", "zyxwv"):
         assert word not in cleaned
+    assert "geheim" not in cleaned
+    assert "https://github.com:443/x torch.io" in cleaned
 
 
 def test_a_name_of_a_home_folder_is_removed_wherever_it_stands(monkeypatch):

@@ -45,7 +45,7 @@ SENTENCES = {
         "fixes.*.title",
         "fixes.*.titles.*",
         "fixes.*.safety",
-        "fixes.*.versions",
+        "fixes.*.versions.*",
         "fixes.*.code.*.*.#",
     ],
     "checks": [

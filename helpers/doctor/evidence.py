@@ -71,9 +71,10 @@ class Evidence(NamedTuple):
         libraries: training and serving libraries that the text names.
         sentences: what the person says of dtypes and of what works.
         sizes: in GB, as they are written.
-        failed: whether anything looks like an exception.
+        failed: whether anything looks like an exception, or is said to have failed.
         raised: last lines of tracebacks.
         letters: whether there is a letter or a digit at all.
+        garbled: whether much of it is no text.
     """
 
     signs: "dict[str, Sign]"
@@ -87,6 +88,7 @@ class Evidence(NamedTuple):
     sentences: "list[statements.Says]"
     sizes: "tuple[float, ...]"
     letters: bool = True
+    garbled: bool = False
 
     def says(self, what: str, *subjects: str) -> bool:
         """Whether a sentence says this of one of these."""
@@ -184,12 +186,13 @@ def read(text: "Union[str, bytes]") -> Evidence:
     sizes: dict[float, None] = {}
     frames: dict[tuple[str, str], None] = {}
     sentences: list[statements.Says] = []
-    failed, letters, at, left = False, False, 0, statements.MOST
+    failed, letters, garbled, at, left = False, False, False, 0, statements.MOST
     for piece, edge in _pieces(text):
         flat = _flat(piece)
         compact = _compact(flat)
         flat = TORCH.sub("", flat) if "torch." in flat else flat
         letters = letters or bool(compact)
+        garbled = garbled or piece.count("\ufffd") > len(piece) / 20
         flat = statements.unwrapped(flat) if edge else flat
         for entry in load("signs.json")["signs"]:
             if entry["kind"] not in OWN:
@@ -245,6 +248,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
         sentences,
         tuple(sizes)[:100],
         letters,
+        garbled,
     )
 
 
@@ -501,7 +505,7 @@ def _is_only_told(entry: "dict[str, Any]", text: str, place: int) -> bool:
     """Whether what is found at a place is a guess, or of another run."""
     sentence = statements.around(text, place)
     states = entry["kind"] == "prose" and {"for", "removed", "on"} & entry.keys()
-    guess = states and statements.ASKS.search(sentence)
+    guess = states and statements.GUESSES.search(sentence)
     return bool(guess or statements.ELSEWHERE.search(sentence))
 
 
@@ -535,7 +539,7 @@ def _quote(piece: str, matched: str, compact: bool) -> str:
     for head in (matched, matched[:24]):  # all of it, or its beginning where the line was broken
         head = head.strip().partition("\n")[0]
         for line in lines:
-            low = re.sub(r"[ \t]+", " ", line.lower())
+            low = TORCH.sub("", re.sub(r"[ \t]+", " ", line.lower()))
             if head in (_compact(low) if compact else low):
                 line = line.strip()
                 return line if len(line) <= LONG else f"{line[: LONG - 3]}..."

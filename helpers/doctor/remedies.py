@@ -7,7 +7,7 @@ from typing import Any, Optional
 from helpers.doctor.data import load
 from helpers.doctor.diagnosis import Fix
 from helpers.doctor.evidence import Evidence, version
-from helpers.doctor.words import say
+from helpers.doctor.words import noted, say
 
 
 def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fix, ...]":
@@ -38,6 +38,8 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     said = evidence.signs["bf16-gpu"].text if "bf16-gpu" in evidence.signs else ""
     if re.search("float16|dtype=half", said):  # the message says so itself
         labels = ["pass-dtype", *labels]
+    if "vllm" in evidence.libraries:  # it serves, and chooses its attention itself
+        labels = [label for label in labels if label not in CALLED_BY_HAND] or labels
     old = evidence.gpus_of("before_ampere")
     if cause == "flash-attn-missing" and old and len(old) == len(evidence.gpus):
         labels = [label for label in labels if label != "install-flash-attn"]
@@ -59,6 +61,7 @@ def remedies_of(candidates: "tuple[str, ...]", evidence: Evidence) -> "tuple[Fix
     return tuple(found.values())
 
 
+CALLED_BY_HAND = ("wrap-in-autocast", "enable-mixed-precision")
 # Without a GPU, or with layers that bring their own dtype, another attention is the way out.
 GIVES_WAY = ("quantization-compute-dtype", "cuda-unavailable", "flash-attn-missing")
 
@@ -87,11 +90,13 @@ def remedy(label: str, cause: str, evidence: Evidence, *, cast: bool = False) ->
         "package": package(cause, evidence),
         "verb": "sft" if evidence.stage("train") else "infer",
     }
-    names_dtype = any("{dtype}" in line for line in lines)
-    versions = say(entry["versions"]).format(dtype=keyword, transformers=known)
-    if not names_dtype:
-        versions = say("any version")
-    elif not known:
+    if not any("{dtype}" in line for line in lines):
+        versions = say(entry.get("versions", {}).get(form, noted("any version")))
+    elif known:
+        versions = say("{dtype}= is right for {transformers}").format(
+            dtype=keyword, transformers=known
+        )
+    else:
         versions = say("torch_dtype=, from 4.56 on also dtype=")
     code = "\n".join(map(_commented, lines)).format(**words)
     return Fix(label, code, versions, entry["safety"], form, cause)

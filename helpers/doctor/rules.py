@@ -171,7 +171,7 @@ def _outside_autocast(evidence: Evidence) -> Iterator[Says]:
         )
 
 
-MODEL = (
+OTHERS = (  # that have a from_pretrained, too
     "tokenizer",
     "processor",
     "config",
@@ -204,7 +204,7 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
         return
     for call in evidence.calls:
         loads = call.name.endswith(("from_pretrained", "from_config")) and not any(
-            word in call.name.rpartition(".")[0].replace("autopeft", "auto") for word in MODEL
+            word in call.name.rpartition(".")[0].replace("autopeft", "auto") for word in OTHERS
         )
         if not loads and not call.name.endswith(WRAPPERS):
             continue

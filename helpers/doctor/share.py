@@ -1,6 +1,6 @@
 """A block for a bug report, without what concerns only the person."""
 
-# ruff: noqa: E501  # patterns are not broken
+# ruff: noqa: E501, RUF001  # patterns are not broken, and Chinese has its own punctuation
 import os
 import platform
 import re
@@ -80,6 +80,18 @@ SECRETS: "tuple[tuple[re.Pattern[str], Union[str, Callable[[re.Match[str]], str]
         ),
         r"\1<token>",
     ),
+    (
+        re.compile(
+            r"(?i)((?:secret|passw(?:or)?d|passphrase) is |(?:密码|口令) ?(?:是|为|[:=：]) ?)[^\s'\",;，。]{4,200}"
+        ),
+        r"\1<token>",
+    ),
+    (  # who knows the address may write there
+        re.compile(
+            r"(?i)(\bhttps?://[^\s'\"<>]{0,200}?(?:hook|\bbot)[^\s'\"<>/]{0,60}/)[^\s'\"<>]{8,500}"
+        ),
+        r"\1<token>",
+    ),
     (  # a commit, or a model's snapshot, says what was run
         re.compile(
             r"(?i)((?:\bcommit[ :=]{1,3}|/commit/|/tree/|/blob/|snapshots[/\\]{1,2}|@)[a-f0-9]{40}\b)|\b[a-f0-9]{32,64}\b"
@@ -113,8 +125,15 @@ SECRETS: "tuple[tuple[re.Pattern[str], Union[str, Callable[[re.Match[str]], str]
     (
         re.compile(
             r"(?i)\b(?!www\.|github\.|huggingface\.)[\w-]{1,63}(?:\.[\w-]{1,63}){0,6}\."
-            r"(?:(?:local|internal|lan|corp|intra|cluster)(?:\.(?:com|net|org|io|ai|cn|de|fr|uk|jp|kr|ch|eu|us|tw))?|(?:edu|ac)\.\w\w|edu)"
+            r"(?:(?:local|internal|lan|corp|intra|cluster)(?:(?:\.[\w-]{1,63}){0,3}\.(?:com|net|org|io|ai|cn|de|fr|uk|jp|kr|ch|eu|us|tw))?|(?:edu|ac)\.\w\w|edu)"
             r"(?![\w(-]|\.\w)"
+        ),
+        "<host>",
+    ),
+    (
+        re.compile(
+            r"(?i)\b(?!(?:www\.)?(?:github|huggingface|hf|pytorch|pypi|modelscope|gitee)\.)[\w-]{1,63}(?:\.[\w-]{1,63}){0,6}"
+            r"\.(?:com|net|org|io|ai|cn|de|fr|uk|jp|kr|ch|eu|us|tw)(?=:\d{2,5}\b)"
         ),
         "<host>",
     ),

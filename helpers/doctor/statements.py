@@ -108,7 +108,7 @@ _TURNED = pattern(
 )
 
 
-ASKS = pattern(
+GUESSES = pattern(
     r"\b(?:is it possible|could it be|is it because|might be|may be|maybe|perhaps|i guess|i wonder|i suspect|what if|shouldn'?t)\b"
     r"|^\W*(?:should|is|are|does|do|did|can|could|would|will)\b[^\n]*\?\s*$|\bif (?:the|my|its?) [^.,]{0,40}\b(?:were|was)\b"
     r"|\bdon'?t know (?:where|which|what)\b|不知道(?:哪里|哪儿|哪个)|会不会|是不是|难道|有没有可能|可能是|也许|或许|怀疑|[^,，]{0,30}(?:吗|么|呢)\s*[?？]"
@@ -148,9 +148,9 @@ def read(flat: str, most: int = MOST) -> "tuple[list[Says], int]":
             break
         if ELSEWHERE.search(sentence):
             continue
-        asks = ASKS.search(sentence)
-        if asks:  # a guess or a question states nothing; what stands before its clause may
-            sentence = sentence[: max(asks.start(), 0)].rpartition(",")[0]
+        guess = GUESSES.search(sentence)
+        if guess:  # a guess or a question states nothing; what stands before its clause may
+            sentence = sentence[: max(guess.start(), 0)].rpartition(",")[0]
         if _TAKEN_BACK.search(sentence):
             found = [one for one in found if one.what not in TRIED]
         found += _dtypes(sentence)

@@ -68,6 +68,8 @@ def _looks_like(verdict: Verdict, evidence: Evidence) -> str:
         return say("It shows another problem, too:") + " " + after if after else ""
     if verdict.kind == "nothing" and not evidence.letters:
         return say("There is no text: paste the traceback, and what you write about it.")
+    if verdict.kind == "nothing" and evidence.garbled:
+        return say("It does not look like text: give the traceback as text.")
     return ""
 
 

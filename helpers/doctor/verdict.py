@@ -1,10 +1,10 @@
 """From what the rules say to the causes that are left: the sum decides.
 
-A label with POINTS points and a lead of LEAD over the next is the cause; else the labels are
-candidates in the order of their points. What rules out what was read in flash-attn 2's source: its
-checks run in the order GPU, dtype of q, k and v like q, device, last dimension, head size
-(csrc/flash_attn/flash_api.cpp), so the headline error proves that the package loaded and that the
-GPU is new enough.
+A label with enough points, and enough more than the next (DECIDES), is the cause; else the labels
+are candidates in the order of their points. What rules out what was read in flash-attn 2's source:
+its checks for NVIDIA's GPUs run in the order GPU, dtype of q, k and v like q, device, last
+dimension, head size (csrc/flash_attn/flash_api.cpp), so the headline error proves that the package
+loaded and that the GPU is new enough.
 """
 
 import re
@@ -16,7 +16,9 @@ from helpers.doctor.rules import FLOAT32, FLOAT32_OF, POINTS, RULES, Rule, Says
 from helpers.doctor.statements import ELSEWHERE
 from helpers.doctor.words import noted
 
-LEAD = 2  # a lead of three does with three points
+LEAD = 2
+# What decides: so many points, and so many more than the next label has.
+DECIDES = ((POINTS, LEAD), (POINTS - 1, LEAD + 1))
 BEFORE_DTYPE = (
     "gpu-too-old",
     "flash-attn-missing",
@@ -166,9 +168,11 @@ CAUGHT = pattern(
 )
 SWALLOWED = pattern(r"not found in your environment|flash_?att\w* is not installed")
 SOLVED = pattern(r"\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了", re.I)
-# What is asked of FlashAttention in general.
+# What is asked or told of FlashAttention in general.
 ASKED = pattern(
-    r"^\W*(?:does|do|is|are|can|could|should|will)\b[^\n]*\?\W*$"
+    r"\b(?:docs?|documentation|readme|paper)\b[^\n]{0,20}\b(?:says?|states?|mentions?)\b"
+    r"|(?:文档|官方|论文)[^\n]{0,6}(?:说|写)"
+    r"|^\W*(?:does|do|is|are|can|could|should|will)\b[^\n]*\?\W*$"
     r"|(?:支持|接受|只能)[^\n]{0,30}吗\W*$",
     re.I,
 )
@@ -220,7 +224,10 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
             if sign.entry.get("for", {}).get("cuda-unavailable", 0) >= 3:
                 label, used = "cuda-unavailable", [error, sign]
     if label == "gpu-too-old" and evidence.gpus_of("after_hopper"):
-        label = "gpu-arch-not-built"  # flash-attn up to 2.7.2 says so to every GPU it does not know
+        label = "gpu-arch-not-built"
+        means = noted("flash-attn up to 2.7.2 says so to every GPU that it does not know.")
+        gpu = evidence.gpus_of("after_hopper")[0]
+        used = [error, Sign("gpu", "fact", gpu, 0, 0, {"means": means})]
     out = tuple(x for x in PROVEN.get(label, ()) if x != label)
     return Verdict(label, True, (label,), out, True, "ours", tuple(used))
 
@@ -271,13 +278,21 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
         points["weights-fp32"] = max(less, 0)
     order = _usual(evidence)
     ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
+    named = evidence.gpus_of("before_ampere")
+    odd: tuple[Sign, ...] = ()
+    if named and len(named) == len(evidence.gpus) and error.id == "dtype-refused":
+        means = noted(
+            "FlashAttention 2 does not run on this GPU, and asks for the GPU before the dtype: this"
+            " message came from another GPU, or from another kernel."
+        )
+        odd = (Sign("gpu", "fact", named[0], 0, 0, {"means": means}),)
     proven = REFUSED.get(error.entry.get("cause", ""), LOADED)
     proven = () if evidence.stands_in() else LOADED if evidence.has("amd") else proven
     out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
-    used = tuple(one for one in signs if one is error or SPEAKS & one.entry.keys())
+    used = (*(one for one in signs if one is error or SPEAKS & one.entry.keys()), *odd)
     lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
     best = points[ranked[0]] if ranked else 0
-    decided = (best >= POINTS and lead >= LEAD) or (best >= 3 and lead >= 3)
+    decided = any(best >= points and lead >= more for points, more in DECIDES)
     if decided and error.id != "f-cut":
         return Verdict(ranked[0], True, (ranked[0],), out, True, "ours", used, tuple(said))
     likely = [label for label in ranked if points[label] > 0]
