@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from IPython.core.interactiveshell import InteractiveShell
 from kernels import get_kernel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from helpers import checkpoints, diagnose, why
 
@@ -293,11 +293,16 @@ def checked(model, call=lambda model, ids: model(ids)):
     ids = torch.arange(6)[None]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(asked.next_check, {"model": model})
-        for _ in range(2):  # it prints once, and the model runs on as before
+        exec(asked.next_check, {"model": model})  # a cell that is run twice
+        for _ in range(2):  # what does not change is printed once
             with contextlib.suppress(RuntimeError):
                 call(model, ids)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    return printed.getvalue()
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
+    lines = printed.getvalue().splitlines()
+    half = len(lines) // 2
+    assert lines[:half] == lines[half:]
+    assert half in (1, 2)  # the second is the name of a weight
+    return "\n".join(lines[:half])
 
 
 def norms_in_float32(model):
@@ -330,7 +335,7 @@ def test_the_doctor_reads_what_its_own_check_prints(failing, dtype, change, told
     error = "" if alone else f"{HEADLINE}\n"
     found = diagnose(f"{told}\n{error}{printed}")
     assert (found.cause, found.certain) == (label, True)
-    assert printed.strip() in [one.text for one in found.evidence]
+    assert printed.splitlines()[0] in [one.text for one in found.evidence]
 
 
 def test_a_float32_adapter_is_not_yet_to_blame(failing):
@@ -354,6 +359,48 @@ def test_its_own_check_says_autocast_as_the_model_sees_it(failing, inside, label
     found = diagnose(f"bf16=True is set.\n{HEADLINE}\n{printed}")
     assert (found.cause, found.certain) == (label, True)
     assert "enable-mixed-precision" not in [fix.label for fix in found.fixes]
+
+
+def test_its_own_check_says_what_was_at_the_call_that_failed(failing, tmp_path, capsys):
+    """Training runs under autocast, and a callback generates outside of it."""
+
+    class Sample(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.generate(IDS, max_new_tokens=1)
+
+    flags = {"use_cpu": True, "bf16": True, "max_steps": 1, "report_to": [], "disable_tqdm": True}
+    trainer = Trainer(
+        with_lora(failing(torch.float32)),
+        TrainingArguments(tmp_path, **flags),
+        train_dataset=[{"input_ids": IDS[0], "labels": IDS[0]}],
+        callbacks=[Sample()],
+    )
+    exec(diagnose(HEADLINE).next_check, {"model": trainer.model})
+    with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
+        trainer.train()
+    printed = capsys.readouterr().out
+    assert re.findall(r"autocast (\w+)", printed) == ["True", "False"]
+    found = diagnose(f"{HEADLINE}\n{printed}")
+    assert (found.cause, found.certain) == ("missing-autocast", True)
+    assert "autocast False" in found.evidence[-1].text
+
+
+@pytest.mark.parametrize("error", ["", f"{HEADLINE}\n"])
+def test_what_mixed_precision_is_meant_to_be_is_no_failure_by_itself(failing, error):
+    printed = checked(Accelerator(cpu=True, mixed_precision="bf16").prepare(failing(torch.float32)))
+    found = diagnose(error + printed)
+    assert found.cause == ("upcast-module" if error else None)
+    assert found.is_failure is bool(error)
+
+
+def test_a_part_in_float32_is_not_all(failing):
+    model = failing(torch.bfloat16)
+    model.lm_head.float()
+    model.model.layers[0].self_attn.q_proj.float()
+    found = diagnose(f"{HEADLINE}\n{checked(model)}")
+    assert (found.cause, found.certain) == (None, False)
+    assert set(found.candidates[:2]) == {"weights-fp32", "upcast-module"}
+    assert "which modules are float32" in found.next_check
 
 
 def test_its_own_check_says_that_embeddings_came_as_float32(failing):

@@ -21,7 +21,7 @@ T = TypeVar("T")
 PIECE = 2**19  # characters read at a time
 SHARE = statements.MOST // 3  # sentences of a piece of a longer text
 MOST_OWN = 2**16  # characters at both ends of a piece that are read for code and prose
-WORDS = 2**15  # characters at both ends of a piece that are read for sentences
+WORDS = 2**14  # characters at both ends of a piece that are read for sentences
 OVERLAP = 4096  # characters of the piece before that are read again, for what lies on the border
 SPOTS, MOST_SPOTS = 4, 200  # places at which one sign is kept, and is looked at
 LONG = 160  # characters of a quoted line
@@ -193,7 +193,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
         flat = TORCH.sub("", flat) if "torch." in flat else flat
         letters = letters or bool(compact)
         garbled = garbled or piece.count("\ufffd") > len(piece) / 20
-        flat = statements.unwrapped(flat) if edge else flat
+        flat = _unwrapped(flat) if edge else flat
         for entry in load("signs.json")["signs"]:
             if entry["kind"] not in OWN:
                 _look(entry, piece, compact if entry["in"] == "compact" else flat, at, signs)
@@ -295,6 +295,14 @@ def _flat(piece: str) -> str:
     return re.sub(
         r"#[^\n]*\bdtype=[^\n]*|# ?torch_dtype[^\n]*", "", COMMENTED.sub("flag commented out", flat)
     )
+
+
+def _unwrapped(flat: str) -> str:
+    """A piece whose ends, where people write, are without a mail's line breaks."""
+    if len(flat) <= 2 * MOST_OWN:
+        return statements.unwrapped(flat)
+    head, tail = flat[:MOST_OWN], flat[-MOST_OWN:]
+    return statements.unwrapped(head) + flat[MOST_OWN:-MOST_OWN] + statements.unwrapped(tail)
 
 
 def _compact(flat: str) -> str:
@@ -491,11 +499,12 @@ def _look(
         return
     share = len(piece) / (len(text) or 1)
     first, last = (at + int(spot[0] * share) for spot in (spots[0], spots[-1]))
+    shown = spots[-1] if entry.get("checked") else spots[0]  # which says what was at the error
     raised = any(BEHIND.search(text[max(spot[0] - 24, 0) : spot[0]]) for spot in spots)
-    if known is not None:
+    if known is not None and not entry.get("checked"):
         signs[entry["id"]] = known._replace(last=last, raised=known.raised or raised)
         return
-    quoted = _quote(piece, text[spots[0][0] : spots[0][1]], entry["in"] == "compact")
+    quoted = _quote(piece, text[shown[0] : shown[1]], entry["in"] == "compact")
     if entry["kind"] in ("warning", "log") and statements.ELSEWHERE.search(quoted):
         return
     signs[entry["id"]] = Sign(entry["id"], entry["kind"], quoted, first, last, entry, raised)

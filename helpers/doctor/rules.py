@@ -65,7 +65,7 @@ def _checked(evidence: Evidence) -> Iterator[Says]:
             yield Says(label, 0, why)
     if wide == 0:
         likely = "quantization-compute-dtype" if evidence.has("quantised") else "upcast-module"
-        given = printed[8].lower() == "float32" or evidence.has("embeds")
+        given = printed[8].lower() == "torch.float32" or evidence.has("embeds")
         yield Says("inputs-fp32" if given else likely, 2 * POINTS, why)
     elif wide == adapters:  # PEFT keeps them so, and casts back what they return
         yield Says("weights-fp32", 0, why)
@@ -76,9 +76,13 @@ def _checked(evidence: Evidence) -> Iterator[Says]:
     elif wide == adapters + few:  # all norms are a preparation, one is a choice of the model
         yield Says("kbit-prep" if few == all_few else "upcast-module", 2 * POINTS, why)
         yield Says("weights-fp32", 0, why)
+    elif wide < total:
+        yield Says("weights-fp32", 2, why)
+        yield Says("upcast-module", 2, why)
+        yield Says("missing-autocast", 0, why)
     elif autocast:
         yield Says("upcast-module", 2 * POINTS, why)
-    elif wide == total and "c-kbit" in evidence.signs:
+    elif "c-kbit" in evidence.signs:
         yield Says("kbit-prep", 2 * POINTS, why)
     elif training or evidence.is_on() or evidence.stage("train") or evidence.stage("eval"):
         yield Says("missing-autocast", 2 * POINTS, why)
@@ -88,7 +92,7 @@ def _checked(evidence: Evidence) -> Iterator[Says]:
 
 CHECKED = pattern(
     r"dtype-doctor: (\d+) of (\d+) weights float32, (\d+) in adapters, (\d+) of (\d+) in norms and"
-    r" embeddings, autocast (true|false) training (true|false) inputs (float32|half|none)",
+    r" embeddings, autocast (true|false) training (true|false) arrives (\S+)",
     re.I,
 )
 

@@ -135,6 +135,8 @@ def _next_check(verdict: Verdict, evidence: Evidence) -> str:
     if evidence.has("checked") and set(checks["works"]) <= set(verdict.candidates):
         # The weights are known, and do not tell.
         return _explained(checks["adapter"], checks["works"])
+    if evidence.has("checked") and set(verdict.candidates) <= checks["are"].keys():
+        return _explained(checks["parts"], checks["are"])
     for lines, means in (("environment", "stands"), ("message", "names")):
         if set(verdict.candidates) <= checks[means].keys():
             shows = {label: checks[means][label] for label in verdict.candidates}

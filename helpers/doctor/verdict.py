@@ -79,7 +79,7 @@ def judge(evidence: Evidence) -> Verdict:
         signs = [*signs, *errors]
     if errors:
         return _of_errors(evidence, errors, signs)
-    if evidence.has("checked"):  # whoever was asked to run it had the error
+    if evidence.has("checked") and not _is_as_meant(evidence):  # who was asked to run it failed
         return _of_float32(evidence, evidence.signs["o-check"], signs)
     if foreign:
         return Verdict(None, False, (), (), True, "foreign", tuple(foreign))
@@ -88,6 +88,13 @@ def judge(evidence: Evidence) -> Verdict:
         label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
     return _of_warnings(evidence, harmless, ended)
+
+
+def _is_as_meant(evidence: Evidence) -> bool:
+    """Whether the lines to run print what mixed precision is: float32 weights, under autocast."""
+    printed = evidence.signs["o-check"].text.lower()
+    count = re.search(r"(\d+) of \1 weights", printed)
+    return count is not None and "autocast true" in printed
 
 
 def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "list[Sign]":
@@ -297,7 +304,8 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
         return Verdict(ranked[0], True, (ranked[0],), out, True, "ours", used, tuple(said))
     likely = [label for label in ranked if points[label] > 0]
     usual = [label for label in order if label in points and points[label] >= 0]
-    left = tuple(dict.fromkeys([*likely, *usual]))[: max(3, len(likely))]
+    enough = evidence.has("checked") and len(likely) > 1  # what is usual is known not to be
+    left = tuple(likely if enough else dict.fromkeys([*likely, *usual]))[: max(3, len(likely))]
     if len(left) < 2:
         left = tuple(dict.fromkeys([*left, *ranked]))[:2]
     return Verdict(None, False, left, out, True, "ours", used, tuple(said))
