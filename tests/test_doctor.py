@@ -252,6 +252,20 @@ def test_a_gpu_that_cannot_have_raised_the_message_is_named():
     assert "flash-attn-missing" in amd.ruled_out
 
 
+def test_what_is_quoted_stands_so_in_the_text():
+    """Letters without anything between them are quoted only where a message was broken."""
+    broken = []
+    for report in REPORTS:
+        text = unicodedata.normalize("NFKC", report["text"])
+        lines = [evidence._compact(line.lower()) for line in text.split("\n")]
+        for one in evidence.read(report["text"]).signs.values():
+            squeezed = re.fullmatch(r"[a-z0-9\u4e00-\u9fff]{16,}", one.text)
+            if squeezed and one.text not in text:
+                broken.append(report["id"])
+                assert not any(one.text in line for line in lines), one.text
+    assert len(broken) < len(REPORTS) / 50
+
+
 @pytest.mark.parametrize("speech", ["en", "zh-CN"])
 def test_lines_to_run_fit_a_screen(speech):
     def columns(line):

@@ -64,6 +64,11 @@ CASES = {
     "own": frames("/srv/net/attention.py", KERNEL),
     "diffusers": frames("diffusers/models/attention_dispatch.py", KERNEL),
     "transformers": frames("transformers/modeling_flash_attention_utils.py", KERNEL),
+    "embeds": "model(inputs_embeds=x)",
+    "pipeline": 'pipe = pipeline("automatic-speech-recognition", model=path)',
+    "served": "vllm serve path --port 8000",
+    "vision": 'model = AutoModelForImageTextToText.from_pretrained(path, device_map="cuda")',
+    "encoder": 'SentenceTransformer(path, model_kwargs={"attn_implementation": "x"})',
     "fp8": "load Qwen3-8B-FP8",
     "fp16": "TrainingArguments(output_dir='x', fp16=True)",
     "new": "transformers 5.22.2",
@@ -91,10 +96,11 @@ HERE = {
     *("torch", "path", "new_path", "model", "inputs", "batch", "tokenizer", "texts", "trainer"),
     *("q", "k", "v", "x", "cos", "sin", "output", "input", "layer", "causal", "pipe"),
     *("accelerator", "prepare_model_for_kbit_training", "AutoModelForCausalLM", "CrossEncoder"),
+    *("AutoModelForImageTextToText", "SentenceTransformer", "inputs_embeds", "pipeline"),
     *("BitsAndBytesConfig", "SFTConfig", "TrainingArguments", "FastLanguageModel", "LLM"),
 }
 COMMANDS = ("pip install", "pip uninstall", "python -m pip", "python -c", "nvidia-smi")
-COMMANDS += ("swift sft", "swift infer", "accelerate launch")
+COMMANDS += ("swift sft", "swift infer", "accelerate launch", "vllm serve")
 
 
 def is_python(code):

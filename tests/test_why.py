@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from IPython.core.interactiveshell import InteractiveShell
 from kernels import get_kernel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -287,6 +288,14 @@ def test_the_magic_explains_the_last_exception(monkeypatch):
     InteractiveShell.clear_instance()
 
 
+@pytest.fixture
+def accelerated():
+    """Accelerators of other settings, in a process that may have had one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda: Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def checked(model, call=lambda model, ids: model(ids)):
     """What the lines print that the doctor asks for, run as they stand."""
     asked = diagnose(HEADLINE)
@@ -351,9 +360,9 @@ def test_a_float32_adapter_is_not_yet_to_blame(failing):
 @pytest.mark.parametrize(
     ("inside", "label"), [(True, "upcast-module"), (False, "missing-autocast")]
 )
-def test_its_own_check_says_autocast_as_the_model_sees_it(failing, inside, label):
+def test_its_own_check_says_autocast_as_the_model_sees_it(failing, accelerated, inside, label):
     """accelerate puts the model's forward inside autocast, and what calls it outside."""
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = accelerated()
     model = accelerator.prepare(failing(torch.float32).train())
     printed = checked(model if inside else accelerator.unwrap_model(model, keep_fp32_wrapper=False))
     found = diagnose(f"bf16=True is set.\n{HEADLINE}\n{printed}")
@@ -361,8 +370,11 @@ def test_its_own_check_says_autocast_as_the_model_sees_it(failing, inside, label
     assert "enable-mixed-precision" not in [fix.label for fix in found.fixes]
 
 
-def test_its_own_check_says_what_was_at_the_call_that_failed(failing, tmp_path, capsys):
+def test_its_own_check_says_what_was_at_the_call_that_failed(
+    failing, accelerated, tmp_path, capsys
+):
     """Training runs under autocast, and a callback generates outside of it."""
+    del accelerated  # the Trainer makes its own
 
     class Sample(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
@@ -386,8 +398,8 @@ def test_its_own_check_says_what_was_at_the_call_that_failed(failing, tmp_path, 
 
 
 @pytest.mark.parametrize("error", ["", f"{HEADLINE}\n"])
-def test_what_mixed_precision_is_meant_to_be_is_no_failure_by_itself(failing, error):
-    printed = checked(Accelerator(cpu=True, mixed_precision="bf16").prepare(failing(torch.float32)))
+def test_what_mixed_precision_is_meant_to_be_is_no_failure_by_itself(failing, accelerated, error):
+    printed = checked(accelerated().prepare(failing(torch.float32)))
     found = diagnose(error + printed)
     assert found.cause == ("upcast-module" if error else None)
     assert found.is_failure is bool(error)

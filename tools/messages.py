@@ -54,6 +54,8 @@ SENTENCES = {
         "shows.*",
         "adapter.0",
         "works.*",
+        "parts.0",
+        "are.*",
         "environment.0",
         "stands.*",
         "message.0",

@@ -75,6 +75,7 @@ class Evidence(NamedTuple):
         raised: last lines of tracebacks.
         letters: whether there is a letter or a digit at all.
         garbled: whether much of it is no text.
+        loader: the class whose from_pretrained loads the model, as it is written; "" if none does.
     """
 
     signs: "dict[str, Sign]"
@@ -89,6 +90,7 @@ class Evidence(NamedTuple):
     sizes: "tuple[float, ...]"
     letters: bool = True
     garbled: bool = False
+    loader: str = ""
 
     def says(self, what: str, *subjects: str) -> bool:
         """Whether a sentence says this of one of these."""
@@ -187,6 +189,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
     frames: dict[tuple[str, str], None] = {}
     sentences: list[statements.Says] = []
     failed, letters, garbled, at, left = False, False, False, 0, statements.MOST
+    loader = ""
     for piece, edge in _pieces(text):
         flat = _flat(piece)
         compact = _compact(flat)
@@ -209,6 +212,8 @@ def read(text: "Union[str, bytes]") -> Evidence:
         if edge and len(calls) < MOST_CALLS:
             for call in guarded([], _first_calls, flat):
                 calls.setdefault(call.text, call)
+        if edge and not loader and (loads := LOADER.search(piece)):
+            loader = loads[1]
         listed = edge or "ersion" in flat or "==" in flat
         for name, number in itertools.islice(VERSION.findall(flat) if listed else (), 500):
             versions.setdefault(name.replace("_", "-").replace("pytorch", "torch"), number)
@@ -249,6 +254,7 @@ def read(text: "Union[str, bytes]") -> Evidence:
         tuple(sizes)[:100],
         letters,
         garbled,
+        loader,
     )
 
 
@@ -339,8 +345,9 @@ FRAME = pattern(
     re.M,
 )
 FAILED = pattern(
-    r"Traceback \(most recent|\b[A-Z]\w{2,30}(?:Error|Exception)\b|\berror:|\bCUDA error"
-    r"|(?<![没不有])报错|错误|\b(?:crash|fails?|failed)\b|\bError\b",
+    r"Traceback \(most recent|\b[A-Z]\w{2,30}(?:Error|Exception)\b|^Exception:|\berror:"
+    r"|\bCUDA error|(?<![没不有])报错|错误|\b(?:crash|fails?|failed)\b|\bError\b",
+    re.M,
 )
 # The last line of a traceback.
 RAISED = pattern(
@@ -548,8 +555,9 @@ def _quote(piece: str, matched: str, compact: bool) -> str:
     for head in (matched, matched[:24]):  # all of it, or its beginning where the line was broken
         head = head.strip().partition("\n")[0]
         for line in lines:
-            low = TORCH.sub("", re.sub(r"[ \t]+", " ", line.lower()))
-            if head in (_compact(low) if compact else low):
+            low = re.sub(r"[ \t]+", " ", line.lower())
+            forms = (low, TORCH.sub("", low))  # what is read for messages, and for code and prose
+            if any(head in (_compact(form) if compact else form) for form in forms):
                 line = line.strip()
                 return line if len(line) <= LONG else f"{line[: LONG - 3]}..."
     return matched[:LONG]
@@ -568,6 +576,7 @@ CALL = pattern(
 )
 # What casts the model at the end of the line that loads it.
 CAST = pattern(r"(?:\.\w{1,20}\([^()\n]{0,40}\)){0,3}\.(?:half|bfloat16|to)\([^()\n]{0,40}\)")
+LOADER = pattern(r"\b((?!PeftModel\b)[A-Z]\w{0,60}(?:Model|For[A-Z]\w{2,60}))\.from_pretrained\(")
 REACH = 1200  # characters of one call
 
 

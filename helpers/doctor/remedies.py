@@ -22,7 +22,8 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     labels = list(load("fixes.json")["for"].get(cause, ()))
     cast = cause == "weights-fp32" and (cast or "c-float-call" in evidence.signs)
     was_on = evidence.left_autocast()
-    if cause == "missing-autocast" and (was_on or beside(evidence) or evidence.has("loop")):
+    by_hand = evidence.has("loop") or evidence.has("own_loop")
+    if cause == "missing-autocast" and (was_on or beside(evidence) or by_hand):
         labels.sort(key=lambda label: label != "wrap-in-autocast")
     if "c-randn" in evidence.signs:
         labels.sort(key=lambda label: label != "cast-qkv-or-module")
@@ -38,10 +39,11 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
     said = evidence.signs["bf16-gpu"].text if "bf16-gpu" in evidence.signs else ""
     if re.search("float16|dtype=half", said):  # the message says so itself
         labels = ["pass-dtype", *labels]
+    if cause == "warning-benign" and {"warn-float32", "warn-no-dtype"} & evidence.signs.keys():
+        labels = [*labels, "pass-dtype"]  # harmless under autocast alone
     if "vllm" in evidence.libraries:  # it serves, and chooses its attention itself
         labels = [label for label in labels if label not in CALLED_BY_HAND] or labels
-    old = evidence.gpus_of("before_ampere")
-    if cause == "flash-attn-missing" and old and len(old) == len(evidence.gpus):
+    if is_old(evidence):
         labels = [label for label in labels if label != "install-flash-attn"]
     if evidence.is_on() and not evidence.has("predicts"):
         labels = [label for label in labels if label != "enable-mixed-precision"]
@@ -66,6 +68,12 @@ CALLED_BY_HAND = ("wrap-in-autocast", "enable-mixed-precision")
 GIVES_WAY = ("quantization-compute-dtype", "cuda-unavailable", "flash-attn-missing")
 
 
+def is_old(evidence: Evidence) -> bool:
+    """Whether every GPU that is named is too old for FlashAttention 2."""
+    old = evidence.gpus_of("before_ampere")
+    return bool(old) and len(old) == len(evidence.gpus)
+
+
 def beside(evidence: Evidence) -> bool:
     """Whether the failing call lies beside the training step."""
     if evidence.has("predicts"):
@@ -88,6 +96,8 @@ def remedy(label: str, cause: str, evidence: Evidence, *, cast: bool = False) ->
         "flag": data["halves"][half]["flag"],
         "call": data["calls"][failing_call(evidence)],
         "package": package(cause, evidence),
+        "loader": evidence.loader or "AutoModelForCausalLM",
+        "encoder": "SentenceTransformer" if _encodes(evidence) else "CrossEncoder",
         "verb": "sft" if evidence.stage("train") else "infer",
     }
     if not any("{dtype}" in line for line in lines):
@@ -100,6 +110,10 @@ def remedy(label: str, cause: str, evidence: Evidence, *, cast: bool = False) ->
         versions = say("torch_dtype=, from 4.56 on also dtype=")
     code = "\n".join(map(_commented, lines)).format(**words)
     return Fix(label, code, versions, entry["safety"], form, cause)
+
+
+def _encodes(evidence: Evidence) -> bool:
+    return any(call.name.endswith("sentencetransformer") for call in evidence.calls)
 
 
 def _commented(line: str) -> str:
@@ -121,16 +135,24 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
     }
     if cause in kinds:
         yield kinds[cause]
-    if evidence.has("loop"):
+    if evidence.has("loop") or evidence.has("own_loop"):
         yield "loop"
+    if cause == "inputs-fp32" and evidence.has("embeds"):
+        yield "embeds"
+    if any(call.name.endswith("pipeline") for call in evidence.calls) and not evidence.loader:
+        yield "pipeline"
+    if evidence.has("serves"):
+        yield "vllm-serve"
     for name in evidence.libraries:
+        if name == "trl" and (0,) < version(evidence.versions.get("trl")) < (0, 9):
+            continue  # before SFTConfig
         if name != "accelerate" or failing_call(evidence) != "evaluate":  # a Trainer has its own
             yield name.replace("_", "-")
     if "diffusers" in _parts(evidence.caller()):
         yield "diffusers"
     if is_own_attention(evidence):
         yield "own"
-    if cause == "gpu-too-old":
+    if cause == "gpu-too-old" or is_old(evidence):
         yield "old"
     if not package(cause, evidence):
         yield "unknown"
@@ -207,11 +229,8 @@ def _library(file: str) -> "Optional[str]":
 
 def half_for(evidence: Evidence) -> str:
     """The half-precision dtype for the GPU that the text names, else the one that the error names,
-    else the one that the person's code asks for; bfloat16 if there is none. Where the dtype was
-    checked the GPU is new enough, whatever else is named."""
-    checked = "dtype-refused" in evidence.signs
-    old = evidence.gpus_of("before_ampere")
-    if old and len(old) == len(evidence.gpus) and not checked:
+    else the one that the person's code asks for; bfloat16 if there is none."""
+    if is_old(evidence):
         return "float16"
     errors = [sign.text for sign in evidence.signs.values() if sign.kind == "error"]
     asked = [evidence.signs[name].text for name in ASKS if name in evidence.signs]

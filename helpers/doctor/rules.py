@@ -102,7 +102,7 @@ def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     why = noted("Mixed precision is on, and nothing says that the call lies outside of it.")
     if evidence.has("checked"):
         return  # it was measured
-    if evidence.has("removed"):
+    if evidence.has("removed") and "c-bf16-in-load" not in evidence.signs:
         why = evidence.signs["c-removed"].entry["means"]
         yield Says("missing-autocast", POINTS if evidence.stage("train") else 3, why)
     elif evidence.is_on() and not (
@@ -161,6 +161,13 @@ def _trains(command: str) -> bool:
             "epochs",
         )
     ) and not any(word in command for word in ("do_predict", "inference", "web_demo"))
+
+
+def _own_loop(evidence: Evidence) -> Iterator[Says]:
+    """A training loop that is there, and in which nothing switches autocast on."""
+    precise = evidence.has("on") or evidence.has("loop") or evidence.libraries
+    if evidence.has("own_loop") and not (precise or evidence.has("half")):
+        yield Says("missing-autocast", POINTS, noted("No autocast is in the training loop."))
 
 
 def _outside_autocast(evidence: Evidence) -> Iterator[Says]:
@@ -292,6 +299,8 @@ def _said_float32(evidence: Evidence) -> Iterator[Says]:
             yield Says("weights-fp32", POINTS, one.text)
         elif one.what == "float32" and one.subject in FLOAT32_OF:
             label = _whose(one.subject, one.text, evidence)
+            if label == "weights-fp32" and "c-kbit" in evidence.signs and evidence.has("half"):
+                label = "kbit-prep"  # they were half when they were loaded
             if label == "weights-fp32" and "c-load-float32" in evidence.signs:
                 continue  # the same fact, seen as code
             yield Says(label, POINTS if label != "weights-fp32" else 3, one.text)
@@ -476,6 +485,7 @@ RULES: "tuple[Rule, ...]" = (
     _checked,
     _mixed_precision_on,
     _launch_without_flag,
+    _own_loop,
     _outside_autocast,
     _loads,
     _said_float32,

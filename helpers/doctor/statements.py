@@ -74,13 +74,13 @@ _EVERY = pattern(
 _WORKS = pattern(
     r"\bworks?\b|\ball ?right\b|\bworked\b|\bhelps\b|\bhelped\b|\bfine\b(?![- ]?tun)|\bruns\b|(?<!\bi )(?<!\bwe )(?<!\bto )\brun\b|\bran\b|\btrains?\b(?! on|\()|\bok\b|\bokay\b|no (?:error|problem|issue)s?"
     r"|\bsucceed\w*|goes away|is gone|disappear\w*|\bcures?\b|\bfixe[sd]\b|\bpasses\b|\bgo(?:es)? through\b"
-    r"|正常|没问题|没有问题|没有这个问题|没事|不报错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通|通了|\bgreen\b"
+    r"|正常|没问题|没有问题|没有这个问题|没事|不报(?:这个)?错|不再报错|就好|好了|可以(?:跑|运行|训练)?|搞定|再没|没再|成功|that was it|\bsolved\b|enough|\baccept(?:s|ed)\b|\bhappy\b|\ball good\b|能跑|能训|通过|解决|没报错|跑通|通了|\bgreen\b"
 )
 # What is said when a remedy has worked, and seldom of anything else.
 _CURED = pattern(
     r"\bsolved\b|\bthat was it\b|\bworks? now\b|\bnow (?:it )?(?:works?|runs?|trains?)\b|\bdid the trick\b|\bwas enough\b"
     r"|\bis enough\b|\bfixe[sd] (?:it|this|the)\b|\bresolve[sd]?\b|\b(?:error|it) (?:is gone|goes away|went away|disappear\w*)"
-    r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok|就通了"
+    r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报(?:这个)?错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok|就通了"
 )
 _NOT_WORKS = pattern(
     r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t|haven'?t|hasn'?t) (?:\w+ )?(?:work|run|ran|tr[iy]\w*|train|help|fine|ok)"

@@ -1,5 +1,6 @@
 """The diagnosis of a text."""
 
+import re
 from typing import Union
 
 from helpers.doctor.data import load
@@ -94,7 +95,7 @@ KINDS = {
 
 def _shown(verdict: Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
     found = [
-        Shown(say(KINDS[sign.kind]), sign.text, say(_means(sign, evidence)))
+        Shown(say(_kind(sign)), sign.text, say(_means(sign, evidence)))
         for sign in verdict.used
         if sign.id != "p-bf16-set" or "c-on" not in evidence.signs  # the same line, twice
     ]
@@ -110,7 +111,18 @@ def _shown(verdict: Verdict, evidence: Evidence) -> "tuple[Shown, ...]":
     return tuple(dict.fromkeys(found))
 
 
+def _kind(sign: Sign) -> str:
+    """What a sign's line is: what people write names code, and is none."""
+    is_prose = sign.kind == "code" and not re.search(
+        r"[=({\[<]|--|: (?:true|false|\d)|\.py", sign.text
+    )
+    return KINDS["prose" if is_prose else sign.kind]
+
+
 def _means(sign: Sign, evidence: Evidence) -> str:
+    old = evidence.gpus_of("before_ampere")
+    if sign.id == "dtype-refused" and old and len(old) == len(evidence.gpus):
+        return noted("FlashAttention got a q that is neither float16 nor bfloat16.")
     if sign.id == "dtype-refused" and evidence.stands_in():
         return noted(
             "The guide's reference kernel, which makes FlashAttention's checks on a CPU, got a q"

@@ -104,6 +104,8 @@ def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "
     if not evidence.failed:
         asked = [s for s in errors if s.entry.get("rank", 0) <= 0 and ASKED.search(s.text)]
         errors = [sign for sign in errors if sign not in asked or sign.raised]
+    if "warn-fallback" in evidence.signs:  # it goes on without the package
+        errors = [s for s in errors if s.id != "not-installed" or s.raised]
     if is_foreign:
         errors = [s for s in errors if not (ELSEWHERE.search(s.text) or SOLVED.search(s.text))]
     return errors
@@ -234,7 +236,7 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
         label = "gpu-arch-not-built"
         means = noted("flash-attn up to 2.7.2 says so to every GPU that it does not know.")
         gpu = evidence.gpus_of("after_hopper")[0]
-        used = [error, Sign("gpu", "fact", gpu, 0, 0, {"means": means})]
+        used = [error, Sign("gpu", "prose", gpu, 0, 0, {"means": means})]
     out = tuple(x for x in PROVEN.get(label, ()) if x != label)
     return Verdict(label, True, (label,), out, True, "ours", tuple(used))
 
@@ -249,7 +251,7 @@ def _doubted(error: Sign, evidence: Evidence) -> "tuple[tuple[str, ...], tuple[S
     label = error.entry["cause"]
     if error.id == "ampere" and fits:
         means = noted("FlashAttention 2 supports this GPU, so the message does not fit it.")
-        gpu = Sign("gpu", "fact", evidence.gpus[0], 0, 0, {"means": means})
+        gpu = Sign("gpu", "prose", evidence.gpus[0], 0, 0, {"means": means})
         return (label, "flash-attn-abi-mismatch"), (gpu,)
     # Older Transformers say so of every package whose import fails, whatever the reason.
     swallowed = SWALLOWED.search(error.text.lower())
@@ -263,7 +265,7 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
     """The headline error: q is not half, and the rest has to say why."""
     if evidence.has("halves") and "c-randn" not in evidence.signs:
         label = "flash-attn-abi-mismatch"  # half was given, so the binary reads dtypes wrongly
-        halves = (error, evidence.signs["c-randn-half"])
+        halves = (error, *(one for one in signs if one.entry.get("halves")))
         return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", halves)
     said: list[Says] = []
     for rule in RULES:
@@ -292,9 +294,9 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
             "FlashAttention 2 does not run on this GPU, and asks for the GPU before the dtype: this"
             " message came from another GPU, or from another kernel."
         )
-        odd = (Sign("gpu", "fact", named[0], 0, 0, {"means": means}),)
+        odd = (Sign("gpu", "prose", named[0], 0, 0, {"means": means}),)
     proven = REFUSED.get(error.entry.get("cause", ""), LOADED)
-    proven = () if evidence.stands_in() else LOADED if evidence.has("amd") else proven
+    proven = () if evidence.stands_in() else LOADED if odd or evidence.has("amd") else proven
     out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
     used = (*(one for one in signs if one is error or SPEAKS & one.entry.keys()), *odd)
     lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
