@@ -182,6 +182,13 @@ def _outside_autocast(evidence: Evidence) -> Iterator[Says]:
         )
 
 
+def _in_training(evidence: Evidence) -> bool:
+    """Whether training is what fails, or a call beside it, and not what was trained before."""
+    near = evidence.stage("eval") or evidence.has("outside") or evidence.has("own_loop")
+    near = near or evidence.has("on") or evidence.has("loop") or "f-trainer" in evidence.signs
+    return evidence.stage("train") and (near or not evidence.has("infers"))
+
+
 OTHERS = (  # that have a from_pretrained, too
     "tokenizer",
     "processor",
@@ -224,7 +231,7 @@ def _loads(evidence: Evidence) -> Iterator[Says]:
         )
         if not call.whole or any(word in call.text for word in NAMED):
             continue
-        points = 2 if evidence.stage("train") and not evidence.has("off") else POINTS
+        points = 2 if _in_training(evidence) and not evidence.has("off") else POINTS
         follows = version(evidence.versions.get("transformers")) >= (5,)  # the checkpoint's dtype
         if follows or (evidence.has("on") and evidence.stage("train")):
             points = 1
