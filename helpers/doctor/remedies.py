@@ -19,39 +19,57 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
         cast: whether the model is known to have been cast after it was loaded, also where the text
             does not show it.
     """
-    labels = list(load("fixes.json")["for"].get(cause, ()))
     cast = cause == "weights-fp32" and (cast or "c-float-call" in evidence.signs)
-    was_on = evidence.left_autocast()
-    by_hand = evidence.has("loop") or evidence.has("own_loop")
-    if cause == "missing-autocast" and (was_on or beside(evidence) or by_hand):
-        labels.sort(key=lambda label: label != "wrap-in-autocast")
-    if "c-randn" in evidence.signs:
-        labels.sort(key=lambda label: label != "cast-qkv-or-module")
+    usual = load("fixes.json")["for"].get(cause, ())
+    labels = list(dict.fromkeys([*_first(cause, evidence), *usual, *_last(cause, evidence)]))
+    moot = {*_moot(cause, evidence, cast=cast)}
+    left = [label for label in labels if label not in moot] or labels
+    return tuple(remedy(label, cause, evidence, cast=cast) for label in left)
+
+
+def _first(cause: str, evidence: Evidence) -> Iterator[str]:
+    """What comes before the usual fixes of a cause."""
+    by_hand = evidence.has("loop") or evidence.has("own_loop") or evidence.left_autocast()
+    if cause == "missing-autocast" and (by_hand or beside(evidence)):
+        yield "wrap-in-autocast"
+    if cause == "inputs-fp32" and "c-randn" in evidence.signs:
+        yield "cast-qkv-or-module"
     if cause == "matmul-dtype-mismatch" and "c-kbit" in evidence.signs:
-        labels = ["undo-kbit-upcast", *labels]
-    gives_way = _quantised_by_itself(evidence) or evidence.has("cpu")
-    if cause in GIVES_WAY and gives_way:
-        labels.sort(key=lambda label: label != "use-other-attention")
+        yield "undo-kbit-upcast"
+    if cause in GIVES_WAY and (_quantised_by_itself(evidence) or evidence.has("cpu")):
+        yield "use-other-attention"
     if cause == "quantization-compute-dtype" and _returns_float32(evidence):
-        labels = ["cast-qkv-or-module", *labels, "upgrade-library"]
-        passed = evidence.has("half")
-        labels = [label for label in labels if label != "pass-dtype" or not passed]
-    said = evidence.signs["bf16-gpu"].text if "bf16-gpu" in evidence.signs else ""
-    if re.search("float16|dtype=half", said):  # the message says so itself
-        labels = ["pass-dtype", *labels]
+        yield "cast-qkv-or-module"
+    if "bf16-gpu" in evidence.signs and NAMES_HALF.search(evidence.signs["bf16-gpu"].text):
+        yield "pass-dtype"
+
+
+def _last(cause: str, evidence: Evidence) -> Iterator[str]:
+    """What comes behind the usual fixes of a cause."""
+    if cause == "quantization-compute-dtype" and _returns_float32(evidence):
+        yield "upgrade-library"
     if cause == "warning-benign" and {"warn-float32", "warn-no-dtype"} & evidence.signs.keys():
-        labels = [*labels, "pass-dtype"]  # harmless under autocast alone
-    if "vllm" in evidence.libraries:  # it serves, and chooses its attention itself
-        labels = [label for label in labels if label not in CALLED_BY_HAND] or labels
+        yield "pass-dtype"  # the warning is harmless under autocast alone
+
+
+def _moot(cause: str, evidence: Evidence, *, cast: bool) -> Iterator[str]:
+    """What the evidence rules out."""
+    if (
+        cause == "quantization-compute-dtype"
+        and _returns_float32(evidence)
+        and evidence.has("half")
+    ):
+        yield "pass-dtype"  # it was passed
+    if "vllm" in evidence.libraries:  # it serves, and calls the model itself
+        yield from ("wrap-in-autocast", "enable-mixed-precision")
     if is_old(evidence):
-        labels = [label for label in labels if label != "install-flash-attn"]
+        yield "install-flash-attn"
     if evidence.is_on() and not evidence.has("predicts"):
-        labels = [label for label in labels if label != "enable-mixed-precision"]
+        yield "enable-mixed-precision"
     if cause == "weights-fp32" and evidence.has("meant"):
-        labels = [label for label in labels if label == "use-other-attention"] or labels
+        yield from ("pass-dtype", "convert-checkpoint", "wrap-in-autocast")
     if cast and not evidence.has("merged"):  # what is stored is not to blame
-        labels = [label for label in labels if label != "convert-checkpoint"]
-    return tuple(remedy(label, cause, evidence, cast=cast) for label in labels)
+        yield "convert-checkpoint"
 
 
 def remedies_of(candidates: "tuple[str, ...]", evidence: Evidence) -> "tuple[Fix, ...]":
@@ -63,7 +81,7 @@ def remedies_of(candidates: "tuple[str, ...]", evidence: Evidence) -> "tuple[Fix
     return tuple(found.values())
 
 
-CALLED_BY_HAND = ("wrap-in-autocast", "enable-mixed-precision")
+NAMES_HALF = re.compile("float16|dtype=half")
 # Without a GPU, or with layers that bring their own dtype, another attention is the way out.
 GIVES_WAY = ("quantization-compute-dtype", "cuda-unavailable", "flash-attn-missing")
 
