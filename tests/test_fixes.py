@@ -65,6 +65,7 @@ CASES = {
     "diffusers": frames("diffusers/models/attention_dispatch.py", KERNEL),
     "transformers": frames("transformers/modeling_flash_attention_utils.py", KERNEL),
     "embeds": "model(inputs_embeds=x)",
+    "wide": "got query.dtype: float key.dtype: float and value.dtype: c10::BFloat16 instead",
     "pipeline": 'pipe = pipeline("automatic-speech-recognition", model=path)',
     "served": "vllm serve path --port 8000",
     "vision": 'model = AutoModelForImageTextToText.from_pretrained(path, device_map="cuda")',

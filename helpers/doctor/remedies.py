@@ -144,6 +144,9 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
     """The forms of a fix's code that suit this cause and these libraries, best first."""
     if cause == "quantization-compute-dtype" and not _quantised_by_itself(evidence):
         yield "bnb"
+    differ = evidence.signs["sdpa-differ"].text if "sdpa-differ" in evidence.signs else ""
+    if cause == "mixed-qkv-dtype" and WIDE_Q.search(differ):
+        yield "wide-q"
     kinds = {
         "mixed-qkv-dtype": "qkv",
         "rope-dtype-mismatch": "rope",
@@ -174,6 +177,9 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
         yield "old"
     if not package(cause, evidence):
         yield "unknown"
+
+
+WIDE_Q = re.compile(r"query\.dtype: (?:struct )?float")
 
 
 def _quantised_by_itself(evidence: Evidence) -> bool:
