@@ -104,7 +104,7 @@ def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
         return  # it was measured
     if evidence.has("removed") and "c-bf16-in-load" not in evidence.signs:
         why = evidence.signs["c-removed"].entry["means"]
-        yield Says("missing-autocast", POINTS if evidence.stage("train") else 3, why)
+        yield Says("missing-autocast", POINTS if evidence.stage("train") else 2, why)
     elif evidence.is_on() and not (
         evidence.stage("eval")
         or evidence.has("loop")
@@ -364,6 +364,8 @@ def _blamed(evidence: Evidence) -> Iterator[Says]:
         elif one.subject == "that" and one.what == "works without":
             if "c-float-call" in evidence.signs:
                 yield Says("weights-fp32", POINTS, one.text)
+            elif "c-kbit-pr" in evidence.signs:
+                yield Says("kbit-prep", POINTS, one.text)
             elif evidence.has("floats"):
                 yield Says("upcast-module", POINTS, one.text)
             elif evidence.has("merged"):

@@ -80,7 +80,7 @@ _WORKS = pattern(
 _CURED = pattern(
     r"\bsolved\b|\bthat was it\b|\bworks? now\b|\bnow (?:it )?(?:works?|runs?|trains?)\b|\bdid the trick\b|\bwas enough\b"
     r"|\bis enough\b|\bfixe[sd] (?:it|this|the)\b|\bresolve[sd]?\b|\b(?:error|it) (?:is gone|goes away|went away|disappear\w*)"
-    r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报(?:这个)?错|可以跑完|能跑了|可以了|就好了|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok|就通了"
+    r"|\bturned out\b|\baccepted\b|\bhappy\b|\ball good\b|不报(?:这个)?错|可以跑完|能跑了|可以了|就好了|就没事了?|搞定|解决了|再没(?:有)?(?:出现|报)|不再报|不报了|没再报|成功了|就行了|就ok|就通了"
 )
 _NOT_WORKS = pattern(
     r"(?:doesn'?t|does not|not|never|won'?t|didn'?t|no longer|cannot|can'?t|haven'?t|hasn'?t) (?:\w+ )?(?:work|run|ran|tr[iy]\w*|train|help|fine|ok)"
