@@ -22,7 +22,7 @@ SUBJECTS = {
     "compute": r"(?:bnb_4bit_)?compute[_ ]?dtype|de-?quanti[sz]\w*|反量化",
     "fp8": r"\S*fp8\b",
     "quant": r"\bload_in_[48]bit|[48]-?bits?\b|quanti[sz]\w*|\bqlora|量化|\bnf4\b|bitsandbytes|\bbnb\b",
-    "norm": r"\bf\.normalize\b|\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|\bapex\b|\bln_?\d\b|归一化",
+    "norm": r"\bf\.normalize\b|\w*norms?\d*(?:_[qkv])?\b|rmsnorm\w*|layer_?norm\w*|\bqk[_-]?norm\w*|\bapex\b|\bln_?[\dqkv]\b|归一化",
     "rope": r"\brope\w*|rotary\w*|\bposition(?:al)?[ _]embed\w*|\bpos_?emb\w*|\bcos\b|\bsin\b|inv_freq|freqs?_?cis|旋转位置|位置编码|freqs?\b",
     "module": r"logit_scale\w*|scale_mul\w*|modulation|time_?step\w*|\btemb\w*|gate_msa|\bt_?emb\b|attention mask bias|alibi",
     "q": r"\bq[ 、,/]*k?[ 、,/]*v?\b|query(?:_states)?\b|attention inputs?",
@@ -88,7 +88,7 @@ _NOT_WORKS = pattern(
 )
 _LEFT_OUT = pattern(
     r"\bwithout\b|\bwith no\b|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
-    r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|(?:[:=]|\bto) ?false\b|\binstead of\b|\bnon-"
+    r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|(?:[:=]|\bto) ?false\b|\binstead of\b|\bnon-|\bnn\.identity\b"
     r"|去掉|不加|不用|不挂|不带|关掉|关闭|禁用|注释|删掉|换成|换回|不开|不加载|去除|不做|跳过|卸载|非|不量化|未量化|\bunquanti[sz]ed\b"
 )
 _ALONE = pattern(r"\bbase(?: model)?\b|\balone\b|原始|原版|基座|只加载|单独")
@@ -333,7 +333,12 @@ def _works(sentence: str) -> Iterator[Says]:
     cured = _REMEDY.search(sentence) if works and _CURED.search(sentence) else None
     left_out = _LEFT_OUT.search(sentence)
     merged = _MERGED.search(sentence)
-    if works and merged and _WORKS.search(sentence[merged.end() :].partition(",")[0]):
+    if (
+        works
+        and merged
+        and not _OTHER.search(sentence)
+        and _WORKS.search(sentence[merged.end() :].partition(",")[0])
+    ):
         yield Says("merged", "works", sentence)
     if works and left_out:
         subject = _nearest(sentence, left_out.end())
@@ -360,10 +365,15 @@ def _works(sentence: str) -> Iterator[Says]:
     elif works:
         for subject in dict.fromkeys(match.lastgroup for match in _SUBJECT.finditer(sentence)):
             yield Says(subject or "", "works", sentence)
-    if _ONLY_WITH.search(sentence) and not works:
-        after = _nearest(sentence, _ONLY_WITH.search(sentence).end())  # type: ignore[union-attr]
-        if after:
+    only = _ONLY_WITH.search(sentence)
+    if only and not works:
+        after = _nearest(sentence, only.end())
+        before = sentence[max(only.start() - 24, 0) : only.start()]
+        if after and not _OTHER.search(before):
             yield Says(after, "fails with", sentence)
+
+
+_OTHER = pattern(r"\b(?:sdpa|eager|flash\w*|fa2|attn\w*)\b")  # attention, which is given or taken
 
 
 def _behind(sentence: str, place: int) -> "Optional[str]":

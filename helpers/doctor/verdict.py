@@ -107,7 +107,9 @@ def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "
     if "warn-fallback" in evidence.signs:  # it goes on without the package
         errors = [s for s in errors if s.id != "not-installed" or s.raised]
     if is_foreign:
-        errors = [s for s in errors if not (ELSEWHERE.search(s.text) or SOLVED.search(s.text))]
+        past = (s.text for s in errors if ELSEWHERE.search(s.text) and not TODAY.search(s.text))
+        told = {*past, *(s.text for s in errors if SOLVED.search(s.text))}
+        errors = [sign for sign in errors if sign.text not in told]
     return errors
 
 
@@ -176,6 +178,7 @@ CAUGHT = pattern(
     re.I,
 )
 SWALLOWED = pattern(r"not found in your environment|flash_?att\w* is not installed")
+TODAY = pattern(r"今天|现在|\btoday\b|\bnow\b", re.I)
 SOLVED = pattern(r"\b(?:solved|is gone|went away|is fixed)\b|已经?解决|解决了", re.I)
 # What is asked or told of FlashAttention in general.
 ASKED = pattern(
