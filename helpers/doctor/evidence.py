@@ -139,6 +139,11 @@ class Evidence(NamedTuple):
         known = load("gpus.json") if self.gpus else {}
         return [gpu for gpu in self.gpus if any(re.search(known[age], gpu, re.I) for age in ages)]
 
+    def has_only_old_gpus(self) -> bool:
+        """Whether every GPU that is named is too old for FlashAttention 2."""
+        old = self.gpus_of("before_ampere")
+        return bool(old) and len(old) == len(self.gpus)
+
     def stands_in(self) -> bool:
         """Whether the guide's reference kernel refused, which needs no package and no GPU."""
         return any("reference_kernel" in file for file, _ in self.frames)

@@ -62,7 +62,7 @@ def _moot(cause: str, evidence: Evidence, *, cast: bool) -> Iterator[str]:
         yield "pass-dtype"  # it was passed
     if "vllm" in evidence.libraries:  # it serves, and calls the model itself
         yield from ("wrap-in-autocast", "enable-mixed-precision")
-    if is_old(evidence):
+    if evidence.has_only_old_gpus():
         yield "install-flash-attn"
     if evidence.is_on() and not evidence.has("predicts"):
         yield "enable-mixed-precision"
@@ -84,12 +84,6 @@ def remedies_of(candidates: "tuple[str, ...]", evidence: Evidence) -> "tuple[Fix
 NAMES_HALF = re.compile("float16|dtype=half")
 # Without a GPU, or with layers that bring their own dtype, another attention is the way out.
 GIVES_WAY = ("quantization-compute-dtype", "cuda-unavailable", "flash-attn-missing")
-
-
-def is_old(evidence: Evidence) -> bool:
-    """Whether every GPU that is named is too old for FlashAttention 2."""
-    old = evidence.gpus_of("before_ampere")
-    return bool(old) and len(old) == len(evidence.gpus)
 
 
 def beside(evidence: Evidence) -> bool:
@@ -173,7 +167,7 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
         yield "diffusers"
     if is_own_attention(evidence):
         yield "own"
-    if cause == "gpu-too-old" or is_old(evidence):
+    if cause == "gpu-too-old" or evidence.has_only_old_gpus():
         yield "old"
     if not package(cause, evidence):
         yield "unknown"
@@ -254,7 +248,7 @@ def _library(file: str) -> "Optional[str]":
 def half_for(evidence: Evidence) -> str:
     """The half-precision dtype for the GPU that the text names, else the one that the error names,
     else the one that the person's code asks for; bfloat16 if there is none."""
-    if is_old(evidence):
+    if evidence.has_only_old_gpus():
         return "float16"
     errors = [sign.text for sign in evidence.signs.values() if sign.kind == "error"]
     asked = [evidence.signs[name].text for name in ASKS if name in evidence.signs]

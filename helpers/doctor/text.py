@@ -120,8 +120,7 @@ def _kind(sign: Sign) -> str:
 
 
 def _means(sign: Sign, evidence: Evidence) -> str:
-    old = evidence.gpus_of("before_ampere")
-    if sign.id == "dtype-refused" and old and len(old) == len(evidence.gpus):
+    if sign.id == "dtype-refused" and evidence.has_only_old_gpus():
         return noted("FlashAttention got a q that is neither float16 nor bfloat16.")
     if sign.id == "dtype-refused" and evidence.stands_in():
         return noted(

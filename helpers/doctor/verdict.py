@@ -270,10 +270,29 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
         label = "flash-attn-abi-mismatch"  # half was given, so the binary reads dtypes wrongly
         halves = (error, *(one for one in signs if one.entry.get("halves")))
         return Verdict(label, True, (label,), BEFORE_DTYPE[:2], True, "ours", halves)
-    said: list[Says] = []
-    for rule in RULES:
-        said += guarded([], _all, rule, evidence)
+    said = [one for rule in RULES for one in guarded([], _all, rule, evidence)]
     ruled_out = {one.label for one in said if one.points == 0}
+    points = _points(said, ruled_out, evidence)
+    order = _usual(evidence)
+    ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
+    odd = _odd_gpu(error, evidence)
+    proven = REFUSED.get(error.entry.get("cause", ""), LOADED)
+    proven = () if evidence.stands_in() else LOADED if odd or evidence.has("amd") else proven
+    out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
+    used = (*(one for one in signs if one is error or SPEAKS & one.entry.keys()), *odd)
+    if _decides(points, ranked) and error.id != "f-cut":
+        return Verdict(ranked[0], True, (ranked[0],), out, True, "ours", used, tuple(said))
+    likely = [label for label in ranked if points[label] > 0]
+    usual = [label for label in order if label in points and points[label] >= 0]
+    enough = evidence.has("checked") and len(likely) > 1  # what is usual is known not to be
+    left = tuple(likely if enough else dict.fromkeys([*likely, *usual]))[: max(3, len(likely))]
+    if len(left) < 2:
+        left = tuple(dict.fromkeys([*left, *ranked]))[:2]
+    return Verdict(None, False, left, out, True, "ours", used, tuple(said))
+
+
+def _points(said: "list[Says]", ruled_out: "set[str]", evidence: Evidence) -> "dict[str, int]":
+    """The points of each label that is not ruled out."""
     points = {label: 0 for label in FLOAT32 if label not in ruled_out}
     for one in said:
         if one.label in points:
@@ -288,32 +307,24 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
         if evidence.stage("train"):
             less = min(less, points["missing-autocast"] - LEAD)
         points["weights-fp32"] = max(less, 0)
-    order = _usual(evidence)
-    ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
-    named = evidence.gpus_of("before_ampere")
-    odd: tuple[Sign, ...] = ()
-    if named and len(named) == len(evidence.gpus) and error.id == "dtype-refused":
-        means = noted(
-            "FlashAttention 2 does not run on this GPU, and asks for the GPU before the dtype: this"
-            " message came from another GPU, or from another kernel."
-        )
-        odd = (Sign("gpu", "prose", named[0], 0, 0, {"means": means}),)
-    proven = REFUSED.get(error.entry.get("cause", ""), LOADED)
-    proven = () if evidence.stands_in() else LOADED if odd or evidence.has("amd") else proven
-    out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
-    used = (*(one for one in signs if one is error or SPEAKS & one.entry.keys()), *odd)
-    lead = points[ranked[0]] - (points[ranked[1]] if len(ranked) > 1 else 0) if ranked else 0
-    best = points[ranked[0]] if ranked else 0
-    decided = any(best >= points and lead >= more for points, more in DECIDES)
-    if decided and error.id != "f-cut":
-        return Verdict(ranked[0], True, (ranked[0],), out, True, "ours", used, tuple(said))
-    likely = [label for label in ranked if points[label] > 0]
-    usual = [label for label in order if label in points and points[label] >= 0]
-    enough = evidence.has("checked") and len(likely) > 1  # what is usual is known not to be
-    left = tuple(likely if enough else dict.fromkeys([*likely, *usual]))[: max(3, len(likely))]
-    if len(left) < 2:
-        left = tuple(dict.fromkeys([*left, *ranked]))[:2]
-    return Verdict(None, False, left, out, True, "ours", used, tuple(said))
+    return points
+
+
+def _decides(points: "dict[str, int]", ranked: "list[str]") -> bool:
+    """Whether the first label has enough points, and enough more than the second."""
+    first, second = ([points[label] for label in ranked] + [0, 0])[:2]
+    return any(first >= most and first - second >= more for most, more in DECIDES)
+
+
+def _odd_gpu(error: Sign, evidence: Evidence) -> "tuple[Sign, ...]":
+    """A GPU that cannot have raised the message, as a sign."""
+    if not evidence.has_only_old_gpus() or error.id != "dtype-refused":
+        return ()
+    means = noted(
+        "FlashAttention 2 does not run on this GPU, and asks for the GPU before the dtype: this"
+        " message came from another GPU, or from another kernel."
+    )
+    return (Sign("gpu", "prose", evidence.gpus[0], 0, 0, {"means": means}),)
 
 
 def _all(rule: Rule, evidence: Evidence) -> "list[Says]":
