@@ -115,7 +115,8 @@ class Evidence(NamedTuple):
 
     def is_quantised(self) -> bool:
         """Whether something is quantised, as far as the text tells."""
-        return self.has("quantised") and not self.has("unquantised")
+        seen = "warn-bnb-compute" in self.signs  # what is said without quantising is of another run
+        return self.has("quantised") and (seen or not self.has("unquantised"))
 
     def left_autocast(self) -> bool:
         """Whether the rescue aimed at half precision before, and at float32 in the end."""

@@ -113,7 +113,9 @@ def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     ):
         yield Says("missing-autocast", 0, why)
     elif evidence.has("off") and not evidence.has("on"):
-        yield Says("missing-autocast", POINTS, noted("The flags for mixed precision are off."))
+        called = evidence.has("infers") and not (evidence.stage("train") or evidence.stage("eval"))
+        why = noted("The flags for mixed precision are off.")
+        yield Says("missing-autocast", 2 if called else POINTS, why)
 
 
 def _in_autocast(evidence: Evidence) -> bool:
@@ -396,9 +398,9 @@ def _trained(evidence: Evidence) -> bool:
 
 def _quantised(evidence: Evidence) -> Iterator[Says]:
     """What quantising, training and a compute dtype say together."""
-    if evidence.has("unquantised") and "c-kbit" not in evidence.signs:
-        yield Says("kbit-prep", 0, noted("Nothing is quantised, and nothing was prepared for it."))
     quantised = evidence.is_quantised()
+    if evidence.has("unquantised") and not quantised and "c-kbit" not in evidence.signs:
+        yield Says("kbit-prep", 0, noted("Nothing is quantised, and nothing was prepared for it."))
     if evidence.has("norms"):
         label = "kbit-prep" if quantised else "upcast-module"
         yield Says(label, POINTS, evidence.signs["c-norm-to-float"].entry["means"])

@@ -87,7 +87,7 @@ _NOT_WORKS = pattern(
     r"|(?:还没|没有?)\s?(?:试|单独|验证|跑)|不正常|不可以|不能跑|跑不|没用|不行|没效果|无效|没解决"
 )
 _LEFT_OUT = pattern(
-    r"\bwithout\b|\bwith no\b|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
+    r"\bwithout\b(?! (?:(?:any |a )?(?:problem|issue|error|hitch|word|trouble)|complain))|\bwith no\b(?! (?:problem|issue|error))|\bdisable_\w+|\bremov\w+|\bdisabl\w+|\bskip\w*|\bdrop\w*|\bcomment\w* (?:it |that |this )?out|\boff\b"
     r"|\bnot us\w+|\bdon'?t (?:open|use|enter|wrap|call|load|add|apply)|\bdelet\w+|\bpatch\w* \w* ?out|\bunload\w*|(?:[:=]|\bto) ?false\b|\binstead of\b|\bnon-|\bnn\.identity\b"
     r"|去掉|不加|不用|不挂|不带|关掉|关闭|禁用|注释|删掉|换成|换回|不开|不加载|去除|不做|跳过|卸载|非|不量化|未量化|\bunquanti[sz]ed\b"
 )

@@ -135,7 +135,7 @@ def _of_warnings(evidence: Evidence, harmless: "list[Sign]", ended: "list[Sign]"
     broken_off = bool(evidence.frames) and not evidence.raised
     is_down = evidence.has("down") or bool(ended) or broken_off
     wanted = evidence.has("wanted") or evidence.has("installed")
-    if "warn-fallback" in evidence.signs and wanted:
+    if wanted and {"warn-fallback", "warn-qwen", "warn-phi"} & evidence.signs.keys():
         left = ("flash-attn-missing", "flash-attn-abi-mismatch", "cuda-unavailable", "gpu-too-old")
         is_down = False
     elif is_float32 and is_down:
