@@ -174,7 +174,8 @@ def _is_bfloat16_on_old_gpu(error: Sign, evidence: Evidence) -> bool:
 # What a program says that goes on with another attention.
 CAUGHT = pattern(
     r"\bfailed, (?:using|falling back)|consider installing for better"
-    r"|\bfall(?:ing|s)? ?back(?:ing)? to\b|must inference with fp32",
+    r"|\bfall(?:ing|s)? ?back(?:ing)? to\b|must inference with fp32"
+    r"|\bwarnings? (?:that|about|saying)\b",
     re.I,
 )
 SWALLOWED = pattern(r"not found in your environment|flash_?att\w* is not installed")
@@ -185,7 +186,7 @@ ASKED = pattern(
     r"\b(?:docs?|documentation|readme|paper)\b[^\n]{0,20}\b(?:says?|states?|mentions?)\b"
     r"|(?:文档|官方|论文)[^\n]{0,6}(?:说|写)"
     r"|^\W*(?:does|do|is|are|can|could|should|will)\b[^\n]*\?\W*$"
-    r"|(?:支持|接受|只能)[^\n]{0,30}吗\W*$",
+    r"|(?:支持|接受|只能)[^\n,。]{0,30}吗\W*$",
     re.I,
 )
 OURS = ("AssertionError", "RuntimeError")  # what the checks of flash-attn raise
@@ -205,8 +206,9 @@ def _described(evidence: Evidence) -> "tuple[Sign, ...]":
 
 
 def _cut(evidence: Evidence) -> "tuple[Sign, ...]":
-    """A traceback that breaks off inside of flash_attn, as a sign."""
-    if not evidence.ends_in_flash_attn():
+    """A traceback that breaks off inside of flash_attn, or where it is called, as a sign."""
+    calls = evidence.frames[-1:] and "_flash_attention_forward" in evidence.frames[-1][1]
+    if not (evidence.ends_in_flash_attn() or calls):
         return ()
     entry = {
         "cause": "headline-cut",
