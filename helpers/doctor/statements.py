@@ -57,6 +57,7 @@ PROGRAMS = (
     "cast back the input",
     "but the current dype",
     "dtype-doctor:",
+    "traceback (most recent call last)",
 )
 _SUBJECT = pattern("|".join(f"(?P<{name}>{source})" for name, source in SUBJECTS.items()))
 _REMEDY = pattern("|".join(f"(?P<{name}>{source})" for name, source in REMEDIES.items()))
@@ -233,9 +234,12 @@ def _is_prose(line: str) -> bool:
 
 def _sentences(flat: str) -> Iterator[str]:
     before = ""
+    in_frame = False
     for line in flat.split("\n"):
-        line = line[: 8 * LONG].strip()
-        if not line or line.startswith('file "') or any(words in line for words in PROGRAMS):
+        is_code, line = in_frame and line[:1] == " " and "#" not in line, line[: 8 * LONG].strip()
+        in_frame = is_code or line.startswith('file "')  # two frames of one file may be one line
+        program = in_frame or any(words in line for words in PROGRAMS)
+        if not line or program or (line.endswith("error:") and " " not in line):
             before = ""
             continue
         if before and re.fullmatch(r"[#->= {\[(]*(?:b?float(?:16|32)[\s,})\]]*)+", line):
