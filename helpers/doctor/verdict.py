@@ -117,6 +117,9 @@ def _of_errors(evidence: Evidence, errors: "list[Sign]", signs: "list[Sign]") ->
     """The error that says most: by its rank, and of two of one rank the last."""
     errors = [s for s in errors if s.kind != "prose" and "cause" in s.entry] or errors
     errors = [sign for sign in errors if _was_raised(sign, evidence)] or errors
+    old = [sign for sign in errors if sign.entry.get("cause") == "gpu-too-old"]
+    if old and evidence.has_only_old_gpus():  # what was tried after it does not matter
+        errors = old
     error = max(errors, key=lambda sign: (sign.entry.get("rank", 0), sign.last))
     if _is_bfloat16_on_old_gpu(error, evidence):
         label = "gpu-too-old"
