@@ -322,7 +322,7 @@ def _said_float32(evidence: Evidence) -> Iterator[Says]:
 def _whose(subject: str, text: str, evidence: Evidence) -> str:
     """The cause of which a sentence speaks that calls a subject float32."""
     quantised = evidence.is_quantised()
-    if subject == "weights" and "c-float8" in evidence.signs:
+    if subject == "weights" and {"c-float8", "c-fp8"} & evidence.signs.keys():
         return "quantization-compute-dtype"  # it speaks of the scales, or of what they make
     part = re.search(r"encoders?\b|towers?\b|proj\w*", text.lower())
     named = re.search(r"(?<!bnb_4bit_)compute[_ ]dtype", text)
@@ -455,6 +455,14 @@ def _rescued_before(evidence: Evidence) -> Iterator[Says]:
         yield Says("missing-autocast", 7, noted("Autocast was on before, and is off in this call."))
 
 
+def _run_in_float32(evidence: Evidence) -> Iterator[Says]:
+    """A run that serves, and is told to do so in float32, whatever trained the model."""
+    if evidence.has("predicts") and "c-load-float32" in evidence.signs:
+        why = evidence.signs["c-load-float32"].entry["means"]
+        yield Says("weights-fp32", POINTS, why)
+        yield Says("missing-autocast", -2 * POINTS, why)
+
+
 def _only_called(evidence: Evidence) -> Iterator[Says]:
     """Where nothing is trained, weights that are float32 at load time stay it."""
     trained = evidence.stage("train") or evidence.stage("eval") or evidence.has("lora")
@@ -507,6 +515,7 @@ RULES: "tuple[Rule, ...]" = (
     _floats,
     _twice_the_size,
     _rescued_before,
+    _run_in_float32,
     _only_called,
     _own_attention,
     _adapter,
