@@ -122,7 +122,7 @@ class Evidence(NamedTuple):
         """Whether the rescue aimed at half precision before, and at float32 in the end."""
         return {"warn-rescued", "rescue-float32"} <= self.signs.keys()
 
-    def ends_in_flash_attn(self) -> bool:
+    def reaches_flash_attn(self) -> bool:
         """Whether a frame lies inside of the flash_attn package."""
         return any(map(_is_of_flash_attn, (file for file, _ in self.frames)))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Optional
 
-from helpers.doctor.data import load
+from helpers.doctor.data import load, pattern
 from helpers.doctor.diagnosis import Fix
 from helpers.doctor.evidence import Evidence, version
 from helpers.doctor.words import noted, say
@@ -29,8 +29,8 @@ def remedies(cause: str, evidence: Evidence, *, cast: bool = False) -> "tuple[Fi
 
 def _first(cause: str, evidence: Evidence) -> Iterator[str]:
     """What comes before the usual fixes of a cause."""
-    by_hand = evidence.has("loop") or evidence.has("own_loop") or evidence.left_autocast()
-    if cause == "missing-autocast" and (by_hand or beside(evidence)):
+    outside = evidence.left_autocast() or beside(evidence)
+    if cause == "missing-autocast" and (outside or _loops_by_hand(evidence)):
         yield "wrap-in-autocast"
     if cause == "inputs-fp32" and "c-randn" in evidence.signs:
         yield "cast-qkv-or-module"
@@ -81,7 +81,7 @@ def remedies_of(candidates: "tuple[str, ...]", evidence: Evidence) -> "tuple[Fix
     return tuple(found.values())
 
 
-NAMES_HALF = re.compile("float16|dtype=half")
+NAMES_HALF = pattern("float16|dtype=half")
 # Without a GPU, or with layers that bring their own dtype, another attention is the way out.
 GIVES_WAY = ("quantization-compute-dtype", "cuda-unavailable", "flash-attn-missing")
 
@@ -124,6 +124,11 @@ def remedy(label: str, cause: str, evidence: Evidence, *, cast: bool = False) ->
     return Fix(label, code, versions, entry["safety"], form, cause)
 
 
+def _loops_by_hand(evidence: Evidence) -> bool:
+    """Whether the training loop is the person's own, with autocast or without."""
+    return evidence.has("loop") or evidence.has("own_loop")
+
+
 def _encodes(evidence: Evidence) -> bool:
     return any(call.name.endswith("sentencetransformer") for call in evidence.calls)
 
@@ -150,7 +155,7 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
     }
     if cause in kinds:
         yield kinds[cause]
-    if evidence.has("loop") or evidence.has("own_loop"):
+    if _loops_by_hand(evidence):
         yield "loop"
     if cause == "inputs-fp32" and evidence.has("embeds"):
         yield "embeds"
@@ -173,7 +178,7 @@ def _forms(cause: str, evidence: Evidence) -> Iterator[str]:
         yield "unknown"
 
 
-WIDE_Q = re.compile(r"query\.dtype: (?:struct )?float")
+WIDE_Q = pattern(r"query\.dtype: (?:struct )?float")
 
 
 def _quantised_by_itself(evidence: Evidence) -> bool:
@@ -262,8 +267,8 @@ def half_for(evidence: Evidence) -> str:
 
 
 ASKS = ("c-on", "c-load-half", "c-compute-half", "c-autocast-call", "warn-rescued")
-HALF = re.compile(r"b?f(?:p|loat)?16|(?<![a-z])half(?:tensor)?(?![a-z])")
-SWITCHED_OFF = re.compile(
+HALF = pattern(r"b?f(?:p|loat)?16|(?<![a-z])half(?:tensor)?(?![a-z])")
+SWITCHED_OFF = pattern(
     r"(?:bf16|fp16)['\"]?\s*[=: ]\s*(?:\{\s*['\"]enabled['\"]\s*[=:]\s*)?['\"]?"
     r"(?:false|null|none|no\b|0\b)"
 )

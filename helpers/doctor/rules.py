@@ -99,9 +99,9 @@ CHECKED = pattern(
 
 def _mixed_precision_on(evidence: Evidence) -> Iterator[Says]:
     """Where mixed precision is on, only a call beside the training step lies outside autocast."""
-    why = noted("Mixed precision is on, and nothing says that the call lies outside of it.")
     if evidence.has("checked"):
         return  # it was measured
+    why = noted("Mixed precision is on, and nothing says that the call lies outside of it.")
     if evidence.has("removed") and "c-bf16-in-load" not in evidence.signs:
         why = evidence.signs["c-removed"].entry["means"]
         yield Says("missing-autocast", POINTS if evidence.stage("train") else 2, why)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 
 from helpers.doctor.data import pattern
 from helpers.doctor.evidence import Evidence, Sign, guarded
-from helpers.doctor.rules import FLOAT32, FLOAT32_OF, POINTS, RULES, Rule, Says
+from helpers.doctor.rules import CHECKED, FLOAT32, FLOAT32_OF, POINTS, RULES, Rule, Says
 from helpers.doctor.statements import ELSEWHERE
 from helpers.doctor.words import noted
 
@@ -85,16 +85,15 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(None, False, (), (), True, "foreign", tuple(foreign))
     certain = [s for s in signs if s.kind in ("fact", "log") and _best(s) >= POINTS]
     if certain:
-        label = max(certain[-1].entry["for"], key=certain[-1].entry["for"].__getitem__)
+        label = _label(certain[-1])
         return Verdict(label, True, (label,), (), True, "ours", (certain[-1],))
     return _of_warnings(evidence, harmless, ended)
 
 
 def _is_as_meant(evidence: Evidence) -> bool:
     """Whether the lines to run print what mixed precision is: float32 weights, under autocast."""
-    printed = evidence.signs["o-check"].text.lower()
-    count = re.search(r"(\d+) of \1 weights", printed)
-    return count is not None and "autocast true" in printed
+    printed = CHECKED.search(evidence.signs["o-check"].text)
+    return printed is not None and printed[1] == printed[2] and printed[6].lower() == "true"
 
 
 def _of_today(evidence: Evidence, signs: "list[Sign]", *, is_foreign: bool) -> "list[Sign]":
@@ -149,7 +148,7 @@ def _of_warnings(evidence: Evidence, harmless: "list[Sign]", ended: "list[Sign]"
         return Verdict(None, False, left, (), is_down, "ours", tuple(harmless))
     slow = [sign for sign in harmless if _best(sign) > POINTS]
     if slow:  # it says what is wrong, and that it only takes time
-        label = max(slow[-1].entry["for"], key=slow[-1].entry["for"].__getitem__)
+        label = _label(slow[-1])
         return Verdict(label, True, (label,), (), False, "ours", tuple(slow))
     if harmless:
         label = "warning-benign"
@@ -211,7 +210,7 @@ def _described(evidence: Evidence) -> "tuple[Sign, ...]":
 def _cut(evidence: Evidence) -> "tuple[Sign, ...]":
     """A traceback that breaks off inside of flash_attn, or where it is called, as a sign."""
     calls = evidence.frames[-1:] and "_flash_attention_forward" in evidence.frames[-1][1]
-    if not (evidence.ends_in_flash_attn() or calls):
+    if not (evidence.reaches_flash_attn() or calls):
         return ()
     entry = {
         "cause": "headline-cut",
@@ -226,6 +225,17 @@ def _cut(evidence: Evidence) -> "tuple[Sign, ...]":
 def _best(sign: Sign) -> int:
     points: dict[str, int] = sign.entry.get("for", {"": 0})
     return max(points.values())
+
+
+def _label(sign: Sign) -> str:
+    """What a sign speaks for most."""
+    points: dict[str, int] = sign.entry["for"]
+    return max(points, key=points.__getitem__)
+
+
+def _gpu(name: str, means: str) -> Sign:
+    """A GPU that the text names, as a sign."""
+    return Sign("gpu", "prose", name, 0, 0, {"means": means})
 
 
 def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict:
@@ -243,8 +253,7 @@ def _of_neighbour(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdi
     if label == "gpu-too-old" and evidence.gpus_of("after_hopper"):
         label = "gpu-arch-not-built"
         means = noted("flash-attn up to 2.7.2 says so to every GPU that it does not know.")
-        gpu = evidence.gpus_of("after_hopper")[0]
-        used = [error, Sign("gpu", "prose", gpu, 0, 0, {"means": means})]
+        used = [error, _gpu(evidence.gpus_of("after_hopper")[0], means)]
     out = tuple(x for x in PROVEN.get(label, ()) if x != label)
     return Verdict(label, True, (label,), out, True, "ours", tuple(used))
 
@@ -259,8 +268,7 @@ def _doubted(error: Sign, evidence: Evidence) -> "tuple[tuple[str, ...], tuple[S
     label = error.entry["cause"]
     if error.id == "ampere" and fits:
         means = noted("FlashAttention 2 supports this GPU, so the message does not fit it.")
-        gpu = Sign("gpu", "prose", evidence.gpus[0], 0, 0, {"means": means})
-        return (label, "flash-attn-abi-mismatch"), (gpu,)
+        return (label, "flash-attn-abi-mismatch"), (_gpu(evidence.gpus[0], means),)
     # Older Transformers say so of every package whose import fails, whatever the reason.
     swallowed = SWALLOWED.search(error.text.lower())
     if swallowed and evidence.has("installed") and not evidence.has("elsewhere"):
@@ -282,7 +290,7 @@ def _of_float32(evidence: Evidence, error: Sign, signs: "list[Sign]") -> Verdict
     ranked = sorted(points, key=lambda label: (-points[label], order.index(label)))
     odd = _odd_gpu(error, evidence)
     proven = REFUSED.get(error.entry.get("cause", ""), LOADED)
-    proven = () if evidence.stands_in() else LOADED if odd or evidence.has("amd") else proven
+    proven = () if evidence.stands_in() else LOADED if odd or evidence.has("not_nvidia") else proven
     out = (*proven, *(label for label in FLOAT32 if label in ruled_out))
     used = (*(one for one in signs if one is error or SPEAKS & one.entry.keys()), *odd)
     if _decides(points, ranked) and error.id != "f-cut":
@@ -329,7 +337,7 @@ def _odd_gpu(error: Sign, evidence: Evidence) -> "tuple[Sign, ...]":
         "FlashAttention 2 does not run on this GPU, and asks for the GPU before the dtype: this"
         " message came from another GPU, or from another kernel."
     )
-    return (Sign("gpu", "prose", evidence.gpus[0], 0, 0, {"means": means}),)
+    return (_gpu(evidence.gpus[0], means),)
 
 
 def _all(rule: Rule, evidence: Evidence) -> "list[Says]":
